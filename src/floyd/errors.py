@@ -1,0 +1,25 @@
+"""What floyd raises beyond ValueError and TypeError, so that a caller can catch it.
+
+FloydError
+├── ConfigError (ValueError)         a configuration asks for what floyd cannot honour
+└── CheckpointError (OSError)        a checkpoint's files are missing, broken or of another shape
+    └── DownloadError                the files are on the hub and could not be fetched
+"""
+
+from __future__ import annotations
+
+
+class FloydError(Exception):
+    """The root: catch this to catch everything that floyd itself raises."""
+
+
+class ConfigError(FloydError, ValueError):
+    """A configuration asks for something that floyd cannot honour."""
+
+
+class CheckpointError(FloydError, OSError):
+    """A checkpoint's files are missing, broken, or do not fit the model."""
+
+
+class DownloadError(CheckpointError):
+    """A checkpoint's files could not be fetched from the hub."""

@@ -1,0 +1,102 @@
+"""Attention between the pixels of a feature map and a text.
+
+B images  C channels  H height  W width  P pixels (H*W)  L text tokens  M all keys  D text width  N heads  K head width
+
+A layer reads the text once (`read`): its keys and values depend on the prompt alone and serve every step.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TextKV(NamedTuple):
+    """One layer's view of the text."""
+
+    key_BNLK: Tensor
+    value_BNLK: Tensor
+
+
+def split_heads(x_BMC: Tensor, num_heads: int) -> Tensor:
+    return x_BMC.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x_BNMK: Tensor) -> Tensor:
+    return x_BNMK.transpose(1, 2).flatten(2)
+
+
+class AddedKVAttention(nn.Module):
+    """IF's attention: every pixel looks at the text and at all pixels at once (GLIDE, arXiv:2112.10741).
+
+    The text is normalized (GroupNorm over channels and all its positions, padding included) and projected to keys and
+    values that stand before those of the pixels. With `only_cross_attention` the pixels' own are left out.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        text_width: int,
+        *,
+        head_width: int,
+        groups: int = 32,
+        norm_text: bool = True,
+        only_cross_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_heads = channels // head_width
+        self.only_cross_attention = only_cross_attention
+        width = self.num_heads * head_width
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-5)
+        self.norm_cross = nn.GroupNorm(32, text_width, eps=1e-5) if norm_text else None
+        self.to_q = nn.Linear(channels, width)
+        if not only_cross_attention:
+            self.to_k = nn.Linear(channels, width)
+            self.to_v = nn.Linear(channels, width)
+        self.add_k_proj = nn.Linear(text_width, width)
+        self.add_v_proj = nn.Linear(text_width, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, channels)])
+
+    def read(self, text_BLD: Tensor) -> TextKV:
+        if self.norm_cross is not None:
+            text_BLD = self.norm_cross(text_BLD.transpose(1, 2)).transpose(1, 2)
+        key, value = self.add_k_proj(text_BLD), self.add_v_proj(text_BLD)
+        return TextKV(split_heads(key, self.num_heads), split_heads(value, self.num_heads))
+
+    def forward(self, x_BCHW: Tensor, text: TextKV, bias_B11L: Tensor | None = None) -> Tensor:
+        h_BPC = self.group_norm(x_BCHW).flatten(2).transpose(1, 2)
+        q_BNPK = split_heads(self.to_q(h_BPC), self.num_heads)
+        k_BNMK, v_BNMK = text
+        if not self.only_cross_attention:
+            k_BNMK = torch.cat([k_BNMK, split_heads(self.to_k(h_BPC), self.num_heads)], dim=2)
+            v_BNMK = torch.cat([v_BNMK, split_heads(self.to_v(h_BPC), self.num_heads)], dim=2)
+        if bias_B11L is not None:
+            bias_B11L = F.pad(bias_B11L, (0, k_BNMK.shape[2] - bias_B11L.shape[-1]))
+        out_BNPK = F.scaled_dot_product_attention(q_BNPK, k_BNMK, v_BNMK, attn_mask=bias_B11L)
+        out_BPC = self.to_out[0](merge_heads(out_BNPK))
+        return x_BCHW + out_BPC.transpose(1, 2).unflatten(2, x_BCHW.shape[-2:])
+
+
+class Attention(nn.Module):
+    """Plain multi-head attention; `source_width` is the width of what it looks at."""
+
+    def __init__(self, width: int, source_width: int, *, num_heads: int, head_width: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        inner = num_heads * head_width
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_k = nn.Linear(source_width, inner, bias=False)
+        self.to_v = nn.Linear(source_width, inner, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(inner, width)])
+
+    def read(self, source_BLD: Tensor) -> TextKV:
+        key, value = self.to_k(source_BLD), self.to_v(source_BLD)
+        return TextKV(split_heads(key, self.num_heads), split_heads(value, self.num_heads))
+
+    def forward(self, x_BPC: Tensor, source: TextKV, bias_B11L: Tensor | None = None) -> Tensor:
+        q_BNPK = split_heads(self.to_q(x_BPC), self.num_heads)
+        out_BNPK = F.scaled_dot_product_attention(q_BNPK, source.key_BNLK, source.value_BNLK, attn_mask=bias_B11L)
+        return self.to_out[0](merge_heads(out_BNPK))
