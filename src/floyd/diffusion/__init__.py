@@ -1,0 +1,1 @@
+"""Tensor mathematics of diffusion: knows no network, no prompt and no file."""

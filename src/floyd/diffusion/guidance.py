@@ -1,0 +1,80 @@
+"""How several predictions become one.
+
+B images   K all branches' images   C channels   H height   W width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from floyd.diffusion.conditioning import Conditioning
+from floyd.diffusion.samplers import Prediction
+from floyd.diffusion.schedule import at_least_float32
+
+Predict = Callable[[Tensor, int], Prediction]
+Network = Callable[[Tensor, int, Conditioning], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Guidance:
+    """target = base + sum of weight * (pull - base), all branches in one forward pass.
+
+    No guidance is no pull. Classifier-free guidance (arXiv:2207.12598, eq. 6) is one pull of weight `scale` away from
+    the empty prompt. The original's style mixing is two: scale * (1 - mix) and scale * mix. A learned variance is
+    taken from the first pull (from the base if there is none): it is not a direction to exaggerate.
+    """
+
+    base: Conditioning
+    pulls: tuple[tuple[Conditioning, float], ...] = ()
+
+    @classmethod
+    def classifier_free(cls, text: Conditioning, empty: Conditioning | None, scale: float) -> Self:
+        """Away from `empty`, towards `text`; a scale of at most 1 asks for no guidance and runs a single branch."""
+        if scale <= 1:
+            return cls(text)
+        if empty is None:
+            raise ValueError(f"A guidance scale of {scale} needs the negative prompt's conditioning; got None.")
+        return cls(empty, ((text, scale),))
+
+    @property
+    def num_branches(self) -> int:
+        return 1 + len(self.pulls)
+
+    @property
+    def joined(self) -> Conditioning:
+        """Every branch's conditioning as one batch, the base first."""
+        return self.base.joined(conditioning for conditioning, _ in self.pulls)
+
+    def predictor(self, network: Network) -> Predict:
+        """The network and all it is told, as a function of the noisy picture and the time alone."""
+        joined = self.joined
+
+        def predict(x_BCHW: Tensor, t: int) -> Prediction:
+            out_KCHW = network(torch.cat([x_BCHW] * self.num_branches), t, joined)
+            return self.combined([split(part, x_BCHW.shape) for part in out_KCHW.chunk(self.num_branches)])
+
+        return predict
+
+    def combined(self, branches: list[Prediction]) -> Prediction:
+        base, *pulls = branches
+        target_BCHW = base.target_BCHW
+        for pull, (_, weight) in zip(pulls, self.pulls, strict=True):
+            target_BCHW = target_BCHW + weight * (pull.target_BCHW - base.target_BCHW)
+        return Prediction(target_BCHW, (pulls or [base])[0].variance_BCHW)
+
+
+def split(out: Tensor, shape_BCHW: torch.Size) -> Prediction:
+    """A network's output as target and variance: it has the channels of x, or twice as many."""
+    batch, channels, *size = shape_BCHW
+    if out.shape not in ((batch, channels, *size), (batch, 2 * channels, *size)):
+        raise ValueError(
+            f"For x of shape {list(shape_BCHW)} the network must return {channels} channels, or {2 * channels} with a "
+            f"variance, at the same size; it returned {list(out.shape)} for a branch."
+        )
+    target_BCHW, *variance = at_least_float32(out).split(channels, dim=1)
+    return Prediction(target_BCHW, variance[0] if variance else None)
