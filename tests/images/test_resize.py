@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from floyd.images.resize import floor_picture, floor_tensor, floored_size, resize_short_side, short_side_size
+
+SIZES = [(64, 64), (100, 64), (64, 100), (1000, 333), (333, 1000), (17, 23), (512, 768), (5, 4)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("side", [64, 256])
+def test_sizes_and_pixels_equal_the_incumbent(size: tuple[int, int], side: int) -> None:
+    resize = pytest.importorskip("diffusers.pipelines.deepfloyd_if.pipeline_if_img2img").resize
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    np.testing.assert_array_equal(np.asarray(resize_short_side(picture, side)), np.asarray(resize(picture, side)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_stage_two_gets_multiples_of_sixteen(size: tuple[int, int]) -> None:
+    width, height = short_side_size(*size, 256, multiple=16)
+    assert width % 16 == height % 16 == 0
+    assert min(width, height) == 256
+    assert (width >= height) == (size[0] >= size[1])
+
+
+def test_a_side_that_is_no_multiple_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 16, got 72"):
+        short_side_size(10, 10, 72, multiple=16)
+
+
+def test_flooring_never_enlarges() -> None:
+    assert floored_size(67, 64, multiple=4) == (64, 64)
+    assert floor_picture(Image.new("RGB", (67, 66)), multiple=4).size == (64, 64)
+    assert floor_tensor(torch.zeros(1, 3, 67, 70), multiple=4).shape == (1, 3, 64, 68)
+
+
+def test_a_fitting_tensor_is_left_as_it_is() -> None:
+    x_BCHW = torch.rand(1, 3, 8, 12)
+    assert torch.equal(floor_tensor(x_BCHW, multiple=4), x_BCHW)
+
+
+def test_too_small_a_picture_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 3x8"):
+        floor_picture(Image.new("RGB", (3, 8)), multiple=4)
