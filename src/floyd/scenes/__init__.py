@@ -1,0 +1,1 @@
+"""The procedural captioned scenes that the built-in model is made for, and the judge that reads a picture."""
