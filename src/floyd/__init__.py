@@ -1,0 +1,62 @@
+"""DeepFloyd IF from first principles: text to 64, 256 and 1024 pixels.
+
+A public name is loaded when it is first asked for: `import floyd` alone imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what `_HOMES` says, for editors and type checkers
+    from floyd.models.safety import IFSafetyChecker
+    from floyd.models.unet import UNet2DConditionModel
+    from floyd.models.vae import AutoencoderKL
+    from floyd.models.watermark import IFWatermarker
+    from floyd.pipelines.base import DiffusionPipeline
+    from floyd.pipelines.cascade import Cascade
+    from floyd.pipelines.deepfloyd_if import IFPipeline, IFSuperResolutionPipeline
+    from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
+    from floyd.schedulers.ddim import DDIMScheduler
+    from floyd.schedulers.ddpm import DDPMScheduler
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoencoderKL",
+    "Cascade",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DiffusionPipeline",
+    "IFPipeline",
+    "IFSafetyChecker",
+    "IFSuperResolutionPipeline",
+    "IFWatermarker",
+    "StableDiffusionUpscalePipeline",
+    "UNet2DConditionModel",
+    "__version__",
+]
+
+_HOMES = {
+    "AutoencoderKL": "floyd.models.vae",
+    "Cascade": "floyd.pipelines.cascade",
+    "DDIMScheduler": "floyd.schedulers.ddim",
+    "DDPMScheduler": "floyd.schedulers.ddpm",
+    "DiffusionPipeline": "floyd.pipelines.base",
+    "IFPipeline": "floyd.pipelines.deepfloyd_if",
+    "IFSafetyChecker": "floyd.models.safety",
+    "IFSuperResolutionPipeline": "floyd.pipelines.deepfloyd_if",
+    "IFWatermarker": "floyd.models.watermark",
+    "StableDiffusionUpscalePipeline": "floyd.pipelines.upscale",
+    "UNet2DConditionModel": "floyd.models.unet",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
