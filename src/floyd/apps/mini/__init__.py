@@ -1,0 +1,1 @@
+"""The recipe of the built-in cascade: from nothing to weights."""

@@ -1,0 +1,119 @@
+"""Stage II of the built-in cascade: 64 px to 256 px, told how noisy its input is.
+
+It is local work, so it is learned mostly on windows of the picture, and on whole ones at the end.
+
+B images  C channels  H height  W width  S side of a window
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from floyd.apps.mini.data import Crop, crops_of, pictures_of, scenes_at, texts_of
+from floyd.apps.mini.stage_one import Embed
+from floyd.diffusion.losses import hybrid_loss, snr_weights, stratified_timesteps
+from floyd.diffusion.schedule import NoiseSchedule
+from floyd.models.unet import UNet2DConditionModel
+from floyd.training.init import zero_residuals
+from floyd.training.loop import LoopConfig, Losses, Phase, device_of
+
+SMALL, LARGE = 64, 256
+UNET: dict[str, Any] = {
+    "sample_size": LARGE,
+    "in_channels": 6,
+    "out_channels": 6,
+    "block_out_channels": (16, 32, 64, 96),
+    "layers_per_block": 1,
+    "down_block_types": ("ResnetDownsampleBlock2D",) * 3 + ("SimpleCrossAttnDownBlock2D",),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ("SimpleCrossAttnUpBlock2D",) + ("ResnetUpsampleBlock2D",) * 3,
+    "only_cross_attention": True,
+    "cross_attention_dim": 64,
+    "encoder_hid_dim": 128,
+    "encoder_hid_dim_type": "text_proj",
+    "attention_head_dim": 32,
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 4,
+    "cross_attention_norm": "group_norm",
+    "class_embed_type": "timestep",
+    "resnet_time_scale_shift": "scale_shift",
+    "resnet_skip_time_act": True,
+    "resnet_out_scale_factor": 1.4142271248762552,
+    "mid_block_scale_factor": 1.4142271248762552,
+    "time_embedding_act_fn": "gelu",
+    "time_embedding_dim": 128,
+    "act_fn": "gelu",
+    "norm_num_groups": 8,
+}
+MOST_NOISE = 400  # highest noise level of the input in training
+LOOP = LoopConfig(
+    phases=(
+        Phase(num_steps=1000, batch_size=16, size=96, rate=1.5e-3, last_rate=1.5e-3),
+        Phase(num_steps=200, batch_size=4, size=LARGE, rate=1e-3, last_rate=2e-5),
+    ),
+    ema_decay=0.995,
+    seed=31,
+)
+
+
+def build_unet() -> UNet2DConditionModel:
+    torch.manual_seed(LOOP.seed)
+    unet = UNet2DConditionModel(**UNET)
+    zero_residuals(unet)
+    return unet
+
+
+def windows(batch: int, size: int, side: int, generator: torch.Generator, *, multiple: int = 1) -> list[Crop]:
+    """Where to look, by lot: `side` px windows of pictures of `size` px, at multiples of `multiple`."""
+    corners = torch.randint(0, (size - side) // multiple + 1, (batch, 2), generator=generator) * multiple
+    return [Crop(size, int(top), int(left), side) for top, left in corners]
+
+
+def worn(picture_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures as a stage before might hand them over: a little soft, a little noisy, colours slightly off."""
+    batch = len(picture_BCHW)
+    lot_B111 = [torch.rand(batch, 1, 1, 1, generator=generator) for _ in range(2)]
+    soft_BCHW = F.avg_pool2d(F.pad(picture_BCHW, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    picture_BCHW = torch.lerp(picture_BCHW, soft_BCHW, lot_B111[0] ** 2)
+    tint_BC11 = 0.04 * torch.randn(batch, 3, 1, 1, generator=generator)
+    grain_BCHW = 0.05 * lot_B111[1] ** 2 * torch.randn(picture_BCHW.shape, generator=generator)
+    return (picture_BCHW + tint_BC11 * lot_B111[1] + grain_BCHW).clamp(-1, 1)
+
+
+def enlarging_loss(embed: Embed) -> Any:
+    """The hybrid loss of stage II for `Trainer`."""
+    schedule = NoiseSchedule.cosine()
+    weight_T = snr_weights(schedule)
+    density_T = torch.ones(len(schedule))
+
+    def loss_of(model: nn.Module, phase: Phase, step: int, generator: torch.Generator) -> Losses:
+        device, batch = device_of(model), phase.batch_size
+        scenes = scenes_at(LOOP.seed, step, batch)
+        crops = windows(batch, LARGE, phase.size, generator)
+        clean_BCHW = crops_of(scenes, crops)
+        low_BCHW = F.interpolate(
+            worn(pictures_of(scenes, SMALL), generator), (LARGE, LARGE), mode="bilinear", align_corners=True
+        )
+        low_BCHW = torch.stack(
+            [
+                whole[:, crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
+                for whole, crop in zip(low_BCHW, crops, strict=True)
+            ]
+        )
+        level_B = torch.randint(0, MOST_NOISE, (batch,), generator=generator)
+        low_BCHW = schedule.noised(low_BCHW, torch.randn(low_BCHW.shape, generator=generator), level_B)
+        text_BLE = embed(texts_of(scenes, generator)).to(device)
+
+        clean_BCHW, low_BCHW, level_B = clean_BCHW.to(device), low_BCHW.to(device), level_B.to(device)
+        t_B = stratified_timesteps(density_T, batch, generator).to(device)
+        noise_BCHW = torch.randn(clean_BCHW.shape, generator=generator).to(device)
+        noisy_BCHW = torch.cat([schedule.noised(clean_BCHW, noise_BCHW, t_B), low_BCHW], dim=1)
+        out_BCHW = model(noisy_BCHW, t_B, text_BLE, level_B, return_dict=False)[0]
+        simple_B, bound_B = hybrid_loss(out_BCHW, clean_BCHW, noise_BCHW, t_B, schedule, weight_T)
+        return {"noise": simple_B.mean(), "variance": bound_B.mean()}
+
+    return loss_of
