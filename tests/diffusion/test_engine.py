@@ -5,7 +5,7 @@ import torch
 
 from floyd.diffusion.canvas import Canvas
 from floyd.diffusion.conditioning import Conditioning
-from floyd.diffusion.engine import STOP, denoise
+from floyd.diffusion.engine import STOP, denoise, moves
 from floyd.diffusion.guidance import Guidance
 from floyd.diffusion.limits import DynamicThreshold
 from floyd.diffusion.noise import Noise
@@ -114,6 +114,27 @@ def test_the_callback_sees_each_step_and_changes_nothing():
     assert torch.equal(seen[-1][1], x)
     torch.testing.assert_close(seen[-1][2], x)
     assert all(clean.abs().max() <= 1 for _, _, clean in seen)
+
+
+def test_a_chain_can_be_watched_step_by_step_and_gradients_are_left_as_they_were():
+    noise = Noise.seeded(1)
+    x = BLANK.first(SCHEDULE, STEPS[0].t, noise)
+    watched = []
+    for moved in moves(x, predictor(), ANCESTRAL, STEPS, BLANK, noise):
+        assert torch.is_grad_enabled()
+        watched.append(moved)
+    assert [moved.step for moved in watched] == list(STEPS)
+    assert torch.equal(watched[-1].x_BCHW, painted())
+
+
+def test_two_chains_watched_in_turns_do_not_disturb_each_other():
+    def chain(seed):
+        noise = Noise.seeded(seed)
+        return moves(BLANK.first(SCHEDULE, STEPS[0].t, noise), predictor(), ANCESTRAL, STEPS, BLANK, noise)
+
+    *_, (first, second) = zip(chain(1), chain(2), strict=True)
+    assert torch.equal(first.x_BCHW, painted(noise=Noise.seeded(1)))
+    assert torch.equal(second.x_BCHW, painted(noise=Noise.seeded(2)))
 
 
 def test_a_stopped_chain_returns_the_clean_picture_it_was_heading_for():

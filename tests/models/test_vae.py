@@ -58,6 +58,17 @@ def test_encoding_and_decoding_equal_the_incumbent(changes: dict[str, Any]) -> N
     torch.testing.assert_close(ours.decode(z_BZhw).sample, theirs.decode(z_BZhw).sample, atol=1e-5, rtol=1e-5)
 
 
+def test_gradients_equal_the_incumbent() -> None:
+    x_BCHW = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs, ours = pair()
+    for vae in (theirs, ours):
+        vae.decode(vae.encode(x_BCHW).latent_dist.mode()).sample.square().mean().backward()
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    largest = max(grad.abs().max().item() for grad in expected.values())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5 * largest, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_a_draw_equals_the_incumbents_for_the_same_seed() -> None:
     theirs, ours = pair()

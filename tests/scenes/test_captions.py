@@ -133,6 +133,13 @@ def test_the_cleaner_leaves_captions_alone():
     assert preprocess(texts, clean_caption=True) == texts
 
 
+@pytest.mark.parametrize("table", [SIZE_WORDS, NOUNS, RELATION_WORDS, POSITION_WORDS])
+def test_no_word_means_two_things(table):
+    words = [word for synonyms in table.values() for word in synonyms]
+    assert len(words) == len(set(words))
+    assert all(name in synonyms[0] for name, synonyms in table.items())
+
+
 def test_articles_fit_their_words():
     for _, said in samples(500):
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", said.text), said.text

@@ -10,7 +10,7 @@ import pytest
 from floyd.scenes.captions import Claims, ThingClaim, facts
 from floyd.scenes.judge import UNKNOWN, Reading, Seen, Verdict, read, verdict
 from floyd.scenes.render import render
-from floyd.scenes.scene import RGB, SHAPES, Background, Scene, Thing, sample_scene
+from floyd.scenes.scene import GAP, RGB, SHAPES, Background, Scene, Thing, sample_scene
 
 TWO = Scene(
     (Thing("circle", "red", "large", 0.3, 0.3, 0.22), Thing("ring", "blue", "small", 0.36, 0.75, 0.11)),
@@ -44,7 +44,7 @@ def disturbed(scene: Scene, size: int, rng: np.random.Generator, *, blur: float)
     return np.clip(np.rint(picture + 4 * rng.standard_normal(picture.shape)), 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("size", "count"), [(48, 60), (64, 300), (100, 60), (256, 100), (1024, 30)])
+@pytest.mark.parametrize(("size", "count"), [(48, 60), (64, 300), (100, 30), (256, 100), (1024, 30)])
 def test_freshly_drawn_scenes_are_read_right(size, count):
     rng = np.random.default_rng(size)
     scenes = [sample_scene(rng, split="any") for _ in range(count)]
@@ -54,7 +54,7 @@ def test_freshly_drawn_scenes_are_read_right(size, count):
 @pytest.mark.parametrize("blur", [0.6, 1.0])
 def test_soft_noisy_discolored_pictures_are_read_right(blur):
     rng = np.random.default_rng(7)
-    scenes = [sample_scene(rng, split="any") for _ in range(150)]
+    scenes = [sample_scene(rng, split="any") for _ in range(100)]
     verdicts = [verdict(facts(scene), read(disturbed(scene, 64, rng, blur=blur))) for scene in scenes]
     assert np.mean([each.everything for each in verdicts]) >= 0.97
 
@@ -64,7 +64,7 @@ def test_places_and_radii_are_measured_to_a_fraction_of_a_pixel():
     for _ in range(50):
         scene = sample_scene(rng, things=1)
         seen, thing = read(render(scene, 64)).things[0], scene.things[0]
-        assert (seen.x, seen.y, seen.radius) == pytest.approx((thing.x, thing.y, thing.radius), abs=0.25 / 64)
+        assert (seen.x, seen.y, seen.radius) == pytest.approx((thing.x, thing.y, thing.radius), abs=0.06 / 64)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -73,6 +73,12 @@ def test_the_smallest_and_the_largest_of_each_shape_are_known(shape, radius):
     size = "small" if radius < 0.15 else "large"
     scene = Scene((Thing(shape, "black", size, 0.481, 0.517, radius),), Background())
     assert judged(scene, scene).everything
+
+
+def test_close_neighbours_stay_apart_when_blurred():
+    things = tuple(Thing("circle", "black", "small", x, 0.5, 0.12) for x in (0.36, 0.36 + 2 * 0.12 + GAP))
+    picture = disturbed(Scene(things, Background()), 64, np.random.default_rng(0), blur=1.0)
+    assert [seen.shape for seen in read(picture).things] == ["circle", "circle"]
 
 
 def other_first(scene: Scene, **changes: object) -> Scene:
@@ -122,7 +128,7 @@ def test_a_missing_thing_is_noticed():
 
 
 def test_an_additional_thing_is_noticed():
-    found = judged(Scene(TWO.things[:1], TWO.background), TWO)
+    found = judged(Scene(TWO.things[1:], TWO.background), TWO)  # the smaller of the two
     assert not found.count
     assert found.shapes == (True,)
 
@@ -181,10 +187,11 @@ def test_what_is_none_of_the_shapes_is_unknown(mask):
     assert [(seen.shape, seen.color) for seen in read(picture).things] == [(UNKNOWN, "red")]
 
 
-def test_a_thing_of_two_colors_is_unknown():
+@pytest.mark.parametrize("second", ["blue", "orange"])
+def test_a_thing_of_two_colors_is_unknown(second):
     picture = render(Scene((Thing("circle", "red", "large", 0.5, 0.5, 0.22),), Background()), 64)
-    picture[:, 34:][(picture[:, 34:] == RGB["red"]).all(-1)] = RGB["blue"]
-    assert UNKNOWN in [seen.shape for seen in read(picture).things]
+    picture[:, 36:][(picture[:, 36:] == RGB["red"]).all(-1)] = RGB[second]
+    assert [seen.shape for seen in read(picture).things] == [UNKNOWN]
 
 
 def test_a_color_far_from_the_table_is_unknown():

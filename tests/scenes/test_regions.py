@@ -54,7 +54,7 @@ def test_the_background_is_found_behind_the_things():
 
 def test_a_frame_that_things_touch_does_not_mislead():
     picture = render(Scene((), Background("plain", "cyan")), 64).astype(np.float32)
-    picture[:20, 10:40] = color_255("red")
+    picture[:40, :40] = color_255("red")
     found, _ = fitted_background(picture)
     assert np.abs(found - color_255("cyan")).max() < 3
 

@@ -30,7 +30,7 @@ from floyd.scenes.scene import (
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
     rng = np.random.default_rng(0)
-    return [sample_scene(rng) for _ in range(3000)]
+    return [sample_scene(rng) for _ in range(2000)]
 
 
 def looks(scene: Scene) -> set[tuple[str, str]]:

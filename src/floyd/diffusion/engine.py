@@ -5,9 +5,9 @@ B images   C channels   H height   W width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,26 @@ OnStep = Callable[[Step, Tensor, Tensor], Verdict | None]
 """Called after each step with the step, x, and the clean picture x is heading for."""
 
 
+class Moved(NamedTuple):
+    """After a step: where x is, and the clean picture it is heading for."""
+
+    step: Step
+    x_BCHW: Tensor
+    clean_BCHW: Tensor
+
+
 @torch.no_grad()
+def moves(
+    x_BCHW: Tensor, predict: Predict, sampler: Sampler, steps: Iterable[Step], canvas: Canvas, noise: Noise
+) -> Iterator[Moved]:
+    """From noise to a picture step by step, in float32, for whoever wants to watch."""
+    x_BCHW = at_least_float32(x_BCHW)
+    for step in steps:
+        x_BCHW, clean_BCHW = sampler.step(x_BCHW, predict(x_BCHW, step.t), step, noise)
+        x_BCHW = canvas.keep(x_BCHW)
+        yield Moved(step, x_BCHW, canvas.keep(clean_BCHW))
+
+
 def denoise(
     x_BCHW: Tensor,
     predict: Predict,
@@ -42,13 +61,11 @@ def denoise(
     on_step: OnStep | None = None,
 ) -> Tensor:
     """From noise to a picture, in float32. A chain that `on_step` stops returns the clean picture predicted so far."""
-    x_BCHW = at_least_float32(x_BCHW)
-    for step in steps:
-        x_BCHW, clean_BCHW = sampler.step(x_BCHW, predict(x_BCHW, step.t), step, noise)
-        x_BCHW = canvas.keep(x_BCHW)
-        if on_step is not None and _stops(on_step(step, x_BCHW, clean_BCHW := canvas.keep(clean_BCHW))):
-            return clean_BCHW
-    return x_BCHW
+    for moved in moves(x_BCHW, predict, sampler, steps, canvas, noise):
+        x_BCHW = moved.x_BCHW
+        if on_step is not None and _stops(on_step(*moved)):
+            return moved.clean_BCHW
+    return at_least_float32(x_BCHW)
 
 
 def _stops(verdict: object) -> bool:

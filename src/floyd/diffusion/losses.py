@@ -40,7 +40,7 @@ def stratified_timesteps(density_T: Tensor, batch: int, generator: torch.Generat
 def layout_density(schedule: NoiseSchedule, *, low: float = -8.0, high: float = 2.0, share: float = 0.5) -> Tensor:
     """Density [T]: uniform in t, but for a `share` that is uniform in log SNR between `low` and `high`.
 
-    Where things are is settled in few, very noisy timesteps of the cosine schedule; uniform sampling rarely visits them.
+    Where things are is settled in few, very noisy timesteps of the cosine schedule; uniform sampling seldom sees them.
     """
     log_snr_T = log_snr(schedule)
     gap_T = -torch.diff(log_snr_T, prepend=log_snr_T[:1])

@@ -35,32 +35,37 @@ def reduced(picture_HWC: npt.NDArray[np.uint8]) -> Array:
 def fitted_background(picture_HWC: Array) -> tuple[Array, Array]:
     """The plane (per channel) through the background, and its 3 x 3 coefficients: at the centre, per x, per y.
 
-    Robust: starts from the frame of one pixel, then lets every pixel vote that the plane explains.
+    Robust: planes through parts of the frame of one pixel compete for what they explain of all of it; then every
+    pixel votes that the winner explains.
     """
     height, width, _ = picture_HWC.shape
     y_HW, x_HW = np.mgrid[0:height, 0:width].astype(np.float32)
     axes = np.stack([np.ones_like(x_HW), (x_HW + 0.5) / width - 0.5, (y_HW + 0.5) / height - 0.5], -1)
-    is_frame = np.zeros((height, width), bool)
-    is_frame[[0, -1], :] = is_frame[:, [0, -1]] = True
+    top, bottom, left, right = y_HW == 0, y_HW == height - 1, x_HW == 0, x_HW == width - 1
+    is_frame = top | bottom | left | right
     axes_N3, colors_N3 = axes[is_frame], picture_HWC[is_frame]
-    weights_N = np.ones(len(axes_N3), np.float32)
-    for _ in range(6):
-        plane = _weighted_plane(axes_N3, colors_N3, weights_N)
-        misses_N = np.linalg.norm(colors_N3 - axes_N3 @ plane, axis=1)
-        weights_N = 1 / (1 + (misses_N / 15) ** 2)
+    # All sides; all but one, should a thing touch that; two that meet, should a thing touch the corner across.
+    away = [top & bottom, top, bottom, left, right, top | left, top | right, bottom | left, bottom | right]
+    parts = [~side[is_frame] for side in away]
+    planes = [_plane_through(axes_N3[part], colors_N3[part]) for part in parts]
+    plane = max(planes, key=lambda plane: _explained(axes_N3, colors_N3, plane).sum())
     for _ in range(2):
-        is_explained = np.linalg.norm(picture_HWC - axes @ plane, axis=-1) < _EXPLAINED
+        is_explained = _explained(axes, picture_HWC, plane)
         if is_explained.sum() < len(axes_N3):
             break
-        plane = _weighted_plane(axes[is_explained], picture_HWC[is_explained])
+        plane = _plane_through(axes[is_explained], picture_HWC[is_explained])
     return axes @ plane, plane
 
 
-def _weighted_plane(axes_N3: Array, colors_N3: Array, weights_N: Array | None = None) -> Array:
-    weighted_N3 = axes_N3 if weights_N is None else axes_N3 * weights_N[:, None]
-    normal = weighted_N3.T @ axes_N3 + 1e-4 * np.eye(3, dtype=np.float32)
-    plane: Array = np.linalg.solve(normal, weighted_N3.T @ colors_N3)
+def _plane_through(axes_N3: Array, colors_N3: Array) -> Array:
+    normal = axes_N3.T @ axes_N3 + 1e-4 * np.eye(3, dtype=np.float32)
+    plane: Array = np.linalg.solve(normal, axes_N3.T @ colors_N3)
     return plane
+
+
+def _explained(axes: Array, colors: Array, plane: Array) -> Mask:
+    is_explained: Mask = np.linalg.norm(colors - axes @ plane, axis=-1) < _EXPLAINED
+    return is_explained
 
 
 def standing_out(difference_HW: Array) -> Mask:

@@ -71,14 +71,33 @@ def save_component(
 
 def _load_files(cls: Any, path: Path) -> Any:
     """A tokenizer or an image processor of transformers."""
-    if (path / "spiece.model").is_file() and not (path / "tokenizer.json").is_file():
-        needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
-        if absent := [package for package, module in needed.items() if importlib.util.find_spec(module) is None]:
-            raise CheckpointError(f"{path / 'spiece.model'} cannot be read without: pip install {' '.join(absent)}.")
+    _check_vocabulary(cls, path)
     try:
         return cls.from_pretrained(path, local_files_only=True)
     except OSError as error:
         raise CheckpointError(f"{path} does not hold the files of a {cls.__name__}: {error}") from error
+
+
+def _check_vocabulary(cls: Any, path: Path) -> None:
+    """A tokenizer without its files is an error; transformers would make up an empty vocabulary."""
+    names = dict(getattr(cls, "vocab_files_names", {}))
+    whole = names.pop("tokenizer_file", None)  # tokenizer.json, which holds all the others
+    if not names or (whole and (path / whole).is_file()):
+        return
+    if absent := [name for name in names.values() if not (path / name).is_file()]:
+        raise CheckpointError(f"{path} does not hold the files of a {cls.__name__}: it lacks {some(absent)}.")
+    needed = (
+        {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"} if "spiece.model" in names.values() else {}
+    )
+    if missing := [package for package, module in needed.items() if not _is_installed(module)]:
+        raise CheckpointError(f"{path / 'spiece.model'} cannot be read without: pip install {' '.join(missing)}.")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is absent
+        return False
 
 
 def _load_transformer(

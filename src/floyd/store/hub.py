@@ -116,6 +116,14 @@ def component(
     return folder
 
 
+def file(source: Source, name: str) -> Path:
+    """One file of a folder or a repository, such as a LoRA's."""
+    path = (source.folder() or _fetch(source, [name])) / name
+    if not path.is_file():
+        raise CheckpointError(f"{source.id} has no file {name!r}.")
+    return path
+
+
 def _wanted(index: ModelIndex, components: Iterable[str] | None, place: str) -> list[str]:
     present = [name for name, kind in index.components.items() if kind is not None]
     if components is None:

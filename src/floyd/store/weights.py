@@ -109,7 +109,7 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
             f"{path} was refused, because it is no pickle of tensors alone: {_why(path, error)} "
             f"Use a .{SAFE} file instead."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged pickle is a program gone astray: it may raise anything
         raise CheckpointError(f"{path} is broken: {_why(path, error)}") from error
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise CheckpointError(f"{path} must hold a dict of tensors; it holds something else.")

@@ -24,9 +24,7 @@ class Ema:
         self.num_updates += 1
         share = 1 - min(self.decay, self.num_updates / (10 + self.num_updates))
         parameters = dict(model.named_parameters())
-        torch._foreach_lerp_(
-            list(self.shadow.values()), [parameters[name].detach() for name in self.shadow], share
-        )
+        torch._foreach_lerp_(list(self.shadow.values()), [parameters[name].detach() for name in self.shadow], share)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:

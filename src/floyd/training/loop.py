@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from floyd.store.snapshots import read_snapshot, write_snapshot
 from floyd.training.ema import Ema
+from floyd.training.muon import Muon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class LoopConfig:
 
     phases: tuple[Phase, ...]
     warmup_steps: int = 100
+    optimizer: str = "adamw"  # "muon": Muon for matrices and kernels between the ends of a UNet, AdamW for all else
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -36,6 +38,8 @@ class LoopConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision must be 'bf16' or 'fp32', got {self.precision!r}.")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}.")
         if not self.phases:
             raise ValueError("phases must not be empty: a run needs at least one.")
 
@@ -94,9 +98,7 @@ class Trainer:
     def __init__(self, model: nn.Module, loss_of: LossOf, config: LoopConfig, folder: Path) -> None:
         self.model, self.loss_of, self.config, self.folder = model, loss_of, config, folder
         self.ema = Ema(model, config.ema_decay)
-        self.optimizer = torch.optim.AdamW(
-            _decayed_apart(model, config.weight_decay), lr=config.phases[0].rate, betas=config.betas, fused=True
-        )
+        self.optimizers = _optimizers(model, config)
         self.step = 0
         self.seconds = 0.0
         if self._snapshot.exists():
@@ -106,25 +108,34 @@ class Trainer:
     def _snapshot(self) -> Path:
         return self.folder / "state.pt"
 
-    def run(self, *, until: int | None = None) -> Iterator[Progress]:
-        """Trains up to step `until` (all by default), yielding after every step; snapshots as it goes."""
-        last = min(until or self.config.num_steps, self.config.num_steps)
+    def run(self, *, until: int | None = None) -> Generator[Progress, None, None]:
+        """Trains up to step `until` (all by default), yielding after every step.
+
+        Snapshots as it goes, at the end, and when the iterator is closed: nothing is lost by leaving between steps.
+        """
+        last = self.config.num_steps if until is None else min(until, self.config.num_steps)
         saved = time.monotonic()
         while self.step < last:
             begin = time.monotonic()
             losses = self._one_step()
             self.step += 1
             self.seconds += time.monotonic() - begin
-            if time.monotonic() - saved > self.config.snapshot_every_s or self.step == last:
+            is_due = time.monotonic() - saved > self.config.snapshot_every_s or self.step == last
+            if is_due:
                 self.save()
                 saved = time.monotonic()
-            yield Progress(self.step - 1, self.config.num_steps, losses, self.seconds)
+            try:
+                yield Progress(self.step - 1, self.config.num_steps, losses, self.seconds)
+            except GeneratorExit:
+                if not is_due:
+                    self.save()
+                raise
 
     def save(self) -> None:
         state = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
         }
@@ -133,12 +144,13 @@ class Trainer:
     def _load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
         self.step, self.seconds = state["step"], state["seconds"]
 
     def _one_step(self) -> dict[str, float]:
         phase, rate = self.config.phase_at(self.step)
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         with torch.autocast(device_of(self.model).type, torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -146,18 +158,34 @@ class Trainer:
         total = torch.stack(list(losses.values())).sum()
         if not math.isfinite(value := float(total.detach())):
             raise FloatingPointError(f"the loss is {value} at step {self.step}; lower the learning rate.")
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.ema.update(self.model)
         return {name: float(value.detach()) for name, value in losses.items()}
 
 
-def _decayed_apart(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels are decayed; biases, norms and single vectors are not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def _optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    orthogonal = [p for name, p in trained.items() if config.optimizer == "muon" and _is_hidden(name, p)]
+    rest = [p for p in trained.values() if all(p is not other for other in orthogonal)]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},  # biases, norms
+        ],
+        lr=config.phases[0].rate,
+        betas=config.betas,
+        fused=True,
+    )
+    if not orthogonal:
+        return [adamw]
+    return [adamw, Muon(orthogonal, lr=config.phases[0].rate, weight_decay=config.weight_decay)]
+
+
+def _is_hidden(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices and kernels between the first and the last layer; tables of embeddings are neither."""
+    is_end = any(part in ("conv_in", "conv_out", "class_embedding", "embeddings") for part in name.split("."))
+    return parameter.ndim > 1 and not is_end

@@ -18,6 +18,7 @@ from floyd.scenes.render import render, render_crop
 from floyd.scenes.scene import Scene
 
 Pixels = npt.NDArray[np.uint8]
+COUNT_SHARES = (0.4, 0.5, 0.1)  # of training scenes with one, two, three things
 EMPTY_SHARE = 0.1  # of captions left out, for guidance (arXiv:2207.12598)
 
 
@@ -34,7 +35,8 @@ class Crop:
 def scenes_at(seed: int, step: int, batch: int) -> list[tuple[Scene, Caption]]:
     """The training scenes of one step; held-out pairs never occur."""
     rng = np.random.default_rng((seed, step))
-    return [captioned(rng) for _ in range(batch)]
+    counts = rng.choice((1, 2, 3), size=batch, p=COUNT_SHARES)
+    return [captioned(rng, things=int(count)) for count in counts]
 
 
 def texts_of(scenes: Sequence[tuple[Scene, Caption]], generator: torch.Generator) -> list[str]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,20 @@ from floyd.apps.mini import stage_one, stage_three, stage_two, text
 from floyd.apps.mini.data import scenes_at
 from floyd.apps.mini.tokenizer import train_tokenizer
 from floyd.models.vae import AutoencoderKL
+from floyd.store.files import made, read_json, write_json
 from floyd.training.loop import LoopConfig, LossOf, Progress, Trainer
 
 PARTS = ("text", "stage_1", "stage_2", "vae", "stage_3")
+_NEEDS = {"stage_1": "text", "stage_2": "text", "stage_3": "vae"}
+_MADE = {"text": "text_encoder", "stage_1": "unet_1", "stage_2": "unet_2", "vae": "vae", "stage_3": "clip_text_encoder"}
 NUM_CAPTIONS = 20_000  # that the tokenizers are made from
 SAMPLING: dict[str, dict[str, Any]] = {  # how the built-in cascade is sampled unless told otherwise
     "stage_1": {"num_inference_steps": 50, "guidance_scale": 5.0},
     "stage_2": {"num_inference_steps": 20, "guidance_scale": 1.0, "noise_level": 100},
     "stage_3": {"num_inference_steps": 12, "guidance_scale": 1.0, "noise_level": 20},
 }
+
+Steps = Generator[tuple[str, Progress], None, None]
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,50 @@ class Recipe:
     device: str = "cpu"
     scale: float = 1.0
 
-    def train(self, parts: tuple[str, ...] = PARTS) -> Iterator[tuple[str, Progress]]:
-        """Trains the parts in order, yielding after every step; what is finished already is skipped."""
-        if unknown := [part for part in parts if part not in PARTS]:
-            raise ValueError(f"parts must be of {', '.join(PARTS)}, got {', '.join(unknown)}.")
+    def train(self, parts: tuple[str, ...] = PARTS) -> Steps:
+        """Trains the parts in order, yielding after every step; what is finished already is skipped.
+
+        Closing the iterator saves where it was, and calling `train` again goes on from there. Checked before it starts.
+        """
+        self.check(parts)
+        return self._steps(parts)
+
+    def _steps(self, parts: tuple[str, ...]) -> Steps:
         for part in parts:
             trainer = self._trainer(part)
-            for progress in trainer.run():
-                yield part, progress
+            with closing(trainer.run()) as steps:
+                for progress in steps:
+                    yield part, progress
             trainer.ema.copy_to(trainer.model)
             _FINISH[part](self, trainer.model.eval())
+
+    def is_finished(self, part: str) -> bool:
+        """Whether the part's weights are there, to be built upon."""
+        return (self.folder / _MADE[part] / "config.json").is_file()
+
+    def check(self, parts: tuple[str, ...]) -> None:
+        """Refuse, before anything is trained, what cannot be."""
+        if not self.scale > 0:
+            raise ValueError(f"scale must be above 0, got {self.scale}.")
+        for i, part in enumerate(parts):
+            if part not in PARTS:
+                raise ValueError(f"parts must be of {', '.join(PARTS)}, got {part!r}.")
+            need = _NEEDS.get(part)
+            if need is not None and need not in parts[:i] and not self.is_finished(need):
+                raise ValueError(f"{part} builds on {need}, which {self.folder} does not hold: train {need} before it.")
+        self._keep_to_the_terms()
+
+    def _keep_to_the_terms(self) -> None:
+        """A run is gone on with as it was begun, or not at all: mixed lengths would be neither."""
+        path = self.folder / "terms.json"
+        terms = {"scale": self.scale}
+        if not path.is_file():
+            write_json(made(self.folder) / path.name, terms)
+        elif (begun := read_json(path)) != terms:
+            raise ValueError(
+                f"The run in {self.folder} was begun with scale {begun.get('scale')}, got {self.scale}: "
+                "go on with that, or choose another folder."
+            )
 
     def _trainer(self, part: str) -> Trainer:
         model, loss_of, config = _BUILD[part](self)

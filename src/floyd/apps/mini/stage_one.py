@@ -53,9 +53,10 @@ SCHEDULER: dict[str, Any] = {
 LOOP = LoopConfig(
     phases=(
         Phase(num_steps=3400, batch_size=32, size=32, rate=1e-3, last_rate=1e-3),
-        Phase(num_steps=2800, batch_size=20, size=64, rate=8e-4, last_rate=8e-4),
-        Phase(num_steps=800, batch_size=20, size=64, rate=8e-4, last_rate=1e-5),
+        Phase(num_steps=2100, batch_size=20, size=64, rate=1e-3, last_rate=1e-3),
+        Phase(num_steps=700, batch_size=20, size=64, rate=1e-3, last_rate=1e-5),
     ),
+    optimizer="muon",
     weight_decay=0.01,
     seed=21,
 )

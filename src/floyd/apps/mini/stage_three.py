@@ -32,7 +32,7 @@ VAE: dict[str, Any] = {
     "block_out_channels": (16, 32, 48),
     "layers_per_block": 1,
     "latent_channels": 4,
-    "norm_num_groups": 8,
+    "norm_num_groups": 2,  # flat colours must survive: a group's mean and scale do not
     "sample_size": SMALL,
     "scaling_factor": SCALING_FACTOR,
     "mid_block_add_attention": False,  # over 65,536 pixels it would cost more than all the rest
@@ -50,7 +50,7 @@ UNET: dict[str, Any] = {
     "cross_attention_dim": 64,
     "num_class_embeds": 1000,
     "use_linear_projection": True,
-    "norm_num_groups": 8,
+    "norm_num_groups": 2,
     "time_embedding_dim": 128,
 }
 TEXT: dict[str, Any] = {
@@ -78,10 +78,11 @@ LOW_RES_SCHEDULER: dict[str, Any] = {
     "beta_end": 0.02,
 }
 MOST_NOISE = 350
+SIDES = (256, 512, 1024)  # of the pictures that the autoencoder sees windows of: far more edges than at 1024 px alone
 VAE_LOOP = LoopConfig(
     phases=(
-        Phase(num_steps=900, batch_size=8, size=128, rate=2e-3, last_rate=2e-3),
-        Phase(num_steps=400, batch_size=8, size=128, rate=2e-3, last_rate=3e-5),
+        Phase(num_steps=1800, batch_size=48, size=24, rate=5e-4, last_rate=5e-4),  # colours: many, small
+        Phase(num_steps=800, batch_size=8, size=96, rate=5e-4, last_rate=1e-5),  # edges
     ),
     ema_decay=0.99,
     weight_decay=0.0,
@@ -89,35 +90,47 @@ VAE_LOOP = LoopConfig(
 )
 LOOP = LoopConfig(
     phases=(
-        Phase(num_steps=1300, batch_size=12, size=256, rate=1.5e-3, last_rate=1.5e-3),
-        Phase(num_steps=400, batch_size=12, size=256, rate=1.5e-3, last_rate=2e-5),
+        Phase(num_steps=1300, batch_size=16, size=160, rate=1e-3, last_rate=1e-3),
+        Phase(num_steps=400, batch_size=4, size=512, rate=7e-4, last_rate=2e-5),
     ),
+    optimizer="muon",
     ema_decay=0.995,
     seed=43,
 )
 
 
 def build_vae() -> AutoencoderKL:
+    """Its latents begin almost without noise: drowned in it, the means would take long to be heard."""
     torch.manual_seed(VAE_LOOP.seed)
-    return AutoencoderKL(**VAE)
+    vae = AutoencoderKL(**VAE)
+    bias = vae.quant_conv.bias
+    assert isinstance(bias, nn.Parameter)
+    nn.init.constant_(bias.data[vae.config.latent_channels :], -6.0)
+    return vae
 
 
 def holding_loss() -> Any:
-    """L1 of pixels and of their differences (edges), and a touch of KL, for `Trainer`."""
+    """L1 and L2 of pixels, L1 of their differences (edges), and a touch of KL, for `Trainer`."""
 
     def loss_of(model: nn.Module, phase: Phase, step: int, generator: torch.Generator) -> Losses:
         assert isinstance(model, AutoencoderKL)
         scenes = scenes_at(VAE_LOOP.seed, step, phase.batch_size)
-        picture_BCHW = crops_of(scenes, windows(phase.batch_size, LARGE, phase.size, generator))
+        sides = [SIDES[int(i)] for i in torch.randint(0, len(SIDES), (phase.batch_size,), generator=generator)]
+        picture_BCHW = crops_of(scenes, [windows(1, side, phase.size, generator)[0] for side in sides])
         picture_BCHW = picture_BCHW.to(device_of(model))
-        latent = model.encode(picture_BCHW).latent_dist
+        (latent,) = model.encode(picture_BCHW, return_dict=False)
         moved_BZhw = latent.mean.float() + latent.std.float() * torch.randn(latent.mean.shape, generator=generator).to(
             picture_BCHW.device
         )
-        error_BCHW = model.decode(moved_BZhw).sample.float() - picture_BCHW
+        error_BCHW = model.decode(moved_BZhw, return_dict=False)[0].float() - picture_BCHW
         edges = error_BCHW.diff(dim=-1).abs().mean() + error_BCHW.diff(dim=-2).abs().mean()
         kl = 0.5 * (latent.mean.float().square() + latent.std.float().square() - 1 - latent.logvar.float()).mean()
-        return {"pixels": error_BCHW.abs().mean(), "edges": edges, "kl": 1e-4 * kl}
+        return {
+            "pixels": error_BCHW.abs().mean(),
+            "squares": error_BCHW.square().mean(),
+            "edges": edges,
+            "kl": 1e-4 * kl,
+        }
 
     return loss_of
 
@@ -126,15 +139,19 @@ def holding_loss() -> Any:
 def normalize_latents(vae: AutoencoderKL, *, num_pictures: int = 64, side: int = 256) -> float:
     """Fold a scale into the layers around the latent, so that latents times SCALING_FACTOR have unit variance."""
     generator = torch.Generator().manual_seed(VAE_LOOP.seed)
-    pictures_BCHW = crops_of(scenes_at(VAE_LOOP.seed + 1, 0, num_pictures), windows(num_pictures, LARGE, side, generator))
-    std = float(torch.cat([vae.encode(part).latent_dist.mean for part in pictures_BCHW.split(8)]).std())
+    scenes = scenes_at(VAE_LOOP.seed + 1, 0, num_pictures)
+    pictures_BCHW = crops_of(scenes, windows(num_pictures, LARGE, side, generator))
+    std = float(torch.cat([_mean(vae, part_BCHW) for part_BCHW in pictures_BCHW.split(8)]).std())
     scale = 1 / (SCALING_FACTOR * std)
     channels = vae.config.latent_channels
-    assert vae.quant_conv is not None and vae.post_quant_conv is not None
-    vae.quant_conv.weight[:channels] *= scale
-    vae.quant_conv.bias[:channels] *= scale
-    vae.quant_conv.bias[channels:] += 2 * torch.log(torch.tensor(scale))
-    vae.post_quant_conv.weight /= scale
+    before, after = vae.quant_conv, vae.post_quant_conv
+    assert isinstance(before, nn.Conv2d)
+    assert isinstance(after, nn.Conv2d)
+    assert before.bias is not None
+    before.weight[:channels] *= scale
+    before.bias[:channels] *= scale
+    before.bias[channels:] += 2 * torch.log(torch.tensor(scale))
+    after.weight /= scale
     return std
 
 
@@ -212,4 +229,9 @@ def upscaling_loss(vae: AutoencoderKL, tokenizer: Any) -> Any:
 
 @torch.no_grad()
 def _latents(vae: AutoencoderKL, picture_BCHW: Tensor) -> Tensor:
-    return vae.encode(picture_BCHW).latent_dist.mean.float() * SCALING_FACTOR
+    return _mean(vae, picture_BCHW).float() * SCALING_FACTOR
+
+
+def _mean(vae: AutoencoderKL, picture_BCHW: Tensor) -> Tensor:
+    (latent,) = vae.encode(picture_BCHW, return_dict=False)
+    return latent.mean

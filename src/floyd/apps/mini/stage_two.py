@@ -47,14 +47,15 @@ UNET: dict[str, Any] = {
     "time_embedding_act_fn": "gelu",
     "time_embedding_dim": 128,
     "act_fn": "gelu",
-    "norm_num_groups": 8,
+    "norm_num_groups": 4,
 }
 MOST_NOISE = 400  # highest noise level of the input in training
 LOOP = LoopConfig(
     phases=(
-        Phase(num_steps=1000, batch_size=16, size=96, rate=1.5e-3, last_rate=1.5e-3),
-        Phase(num_steps=200, batch_size=4, size=LARGE, rate=1e-3, last_rate=2e-5),
+        Phase(num_steps=1100, batch_size=16, size=64, rate=1e-3, last_rate=1e-3),
+        Phase(num_steps=260, batch_size=3, size=LARGE, rate=7e-4, last_rate=2e-5),
     ),
+    optimizer="muon",
     ema_decay=0.995,
     seed=31,
 )

@@ -19,7 +19,7 @@ from floyd.scenes.captions import Caption
 from floyd.scenes.scene import BACKGROUND_COLORS, SHAPES, SIZES, THING_COLORS, Scene
 from floyd.training.loop import LoopConfig, Losses, Phase, device_of
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["T5EncoderModel"],
     "d_model": 128,
     "d_kv": 32,
@@ -54,7 +54,6 @@ def build_encoder(vocab_size: int) -> Any:
     return T5EncoderModel(T5Config(**CONFIG, vocab_size=vocab_size))
 
 
-
 def tokenized(tokenizer: Any, texts: list[str], length: int = LENGTH) -> Any:
     """Token ids, mask and character offsets, padded as the pipelines pad."""
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True)
@@ -75,7 +74,7 @@ class Reader(nn.Module):
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
-        width = int(CONFIG["d_model"])  # type: ignore[call-overload]
+        width: int = CONFIG["d_model"]
         self.noun_heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in _NOUN_HEADS.items()})
         self.token_heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in _TOKEN_HEADS.items()})
         self.mean_heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in _MEAN_HEADS.items()})

@@ -16,7 +16,7 @@ SPELLED = -20.0  # log-probability of a single letter: a known word always wins 
 def train_tokenizer(captions: Iterable[str], folder: Path) -> Any:
     """Writes `spiece.model` and its configuration, as an IF repository has them, and loads them with transformers."""
     import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at import
     from transformers import T5Tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def train_tokenizer(captions: Iterable[str], folder: Path) -> Any:
         minloglevel=2,
     )
     (folder / "spiece.vocab").unlink()
-    proto = sentencepiece_model_pb2.ModelProto.FromString((folder / "spiece.model").read_bytes())
+    proto = ModelProto.FromString((folder / "spiece.model").read_bytes())
     pieces = list(proto.pieces)
     del proto.pieces[3:]
     for piece, score in _pieces(captions, {p.piece for p in pieces[3:] if len(p.piece) == 1}).items():

@@ -1,0 +1,51 @@
+"""`floyd generate`, `floyd info`, `floyd judge`, `floyd eval`, `floyd train-mini`.
+
+Whatever takes time to import (torch, transformers, PIL, numpy) is imported by the command that needs it: help is
+immediate.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from floyd.apps.cli.evaluate import evaluate
+from floyd.apps.cli.generate import generate
+from floyd.apps.cli.info import info, judge
+from floyd.apps.cli.refusals import Commands
+from floyd.apps.cli.train import train_mini
+
+app = typer.Typer(
+    cls=Commands,
+    name="floyd",
+    help="DeepFloyd IF: from a text to a picture of 64, 256 or 1024 pixels.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("generate")(generate)
+app.command("info")(info)
+app.command("judge")(judge)
+app.command("eval")(evaluate)
+app.command("train-mini")(train_mini)
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        from floyd import __version__
+
+        print(f"floyd {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def floyd(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
+) -> None:
+    if ctx.invoked_subcommand is None:
+        if page := ctx.get_help():
+            print(page)
+        raise typer.Exit

@@ -1,0 +1,242 @@
+"""`floyd generate`: a prompt becomes a picture, or several, and each file remembers how it was made."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from floyd.apps.cli.models import Device, Dtype, Models, Quiet, Threads, hash_of, load, name_of
+from floyd.apps.cli.progress import Bars, progress
+from floyd.apps.cli.refusals import refusing
+from floyd.apps.settings import Settings
+
+if TYPE_CHECKING:
+    from floyd.pipelines.cascade import Cascade, CascadeResult
+    from floyd.pipelines.events import Event
+
+Prompt = Annotated[str, typer.Argument(help="What the picture shows.", show_default=False)]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        help="The file to write, a .png; with --count, picture.png becomes picture-0.png, picture-1.png, ...",
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed makes the same picture.")]
+Steps = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N[,N,N]",
+        help="How many steps: one number for all stages, or one for each, as in 50,20,12. "
+        "The name of a table, such as fast27, will do.",
+        show_default="the checkpoint's own",
+    ),
+]
+Guide = Annotated[
+    str | None,
+    typer.Option(
+        metavar="X[,X,X]",
+        help="How closely to follow the prompt, likewise; 1 is no guidance.",
+        show_default="the checkpoint's own",
+    ),
+]
+Negative = Annotated[str | None, typer.Option(help="What the picture should not show.", show_default=False)]
+Size = Annotated[
+    int | None,
+    typer.Option(
+        metavar="64|256|1024",
+        help="Side in pixels: that of one of the cascade's stages, after which it stops.",
+        show_default="the largest, 1024 px",
+    ),
+]
+Count = Annotated[int, typer.Option(min=1, help="How many pictures, with the seeds SEED, SEED + 1, ...")]
+Batch = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="How many to paint at once: faster on a GPU. One at a time, a picture is the same to the last bit with "
+        "and without --count.",
+    ),
+]
+StagesDir = Annotated[
+    Path | None,
+    typer.Option(help="Keep the pictures of the stages before the last here, as picture-64.png.", show_default=False),
+]
+
+
+def generate(
+    prompt: Prompt,
+    output: Output = Path("picture.png"),
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guide = None,
+    negative_prompt: Negative = None,
+    size: Size = None,
+    count: Count = 1,
+    batch: Batch = 1,
+    stages_dir: StagesDir = None,
+    model: Models = None,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw a picture of what a text says.
+
+    The file holds the prompt, the seed and all else that made the picture: `floyd info` prints it.
+    """
+    with refusing():
+        check_text("prompt", prompt)
+        check_text("negative prompt", negative_prompt or "")
+        files = Files.checked(output, count, stages_dir)
+        settings = Settings.parsed(steps=steps, guidance=guidance)
+        cascade = load(model, dtype=dtype, device=device, threads=threads)
+        options = settings.options(stages_up_to(cascade, size))
+        calls = [
+            cascade.run(
+                prompt,
+                negative_prompt=negative_prompt,
+                size=size,
+                seed=seed + first,
+                count=min(batch, count - first),
+                options=options,
+            )
+            for first in range(0, count, batch)
+        ]
+    story = {
+        "prompt": prompt,
+        **({} if negative_prompt is None else {"negative_prompt": negative_prompt}),
+        "model": name_of(model),
+        "model_hash": hash_of(model),
+        "dtype": str(cascade.stages["stage_1"].dtype).removeprefix("torch."),
+        "device": cascade.stages["stage_1"].device.type,
+    }
+    done = 0
+    try:
+        with progress(quiet=quiet) as bars:
+            for call in calls:
+                result, num_steps = painted(call, bars, _nth(done, batch, count))
+                histories = histories_of(cascade, options, num_steps)
+                for i, own_seed in enumerate(result.seeds):
+                    files.save(done, result, i, {**story, "seed": str(own_seed)}, histories)
+                    done += 1
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {done} of {count} pictures were finished.") from None
+    if not quiet:
+        for index in range(count):
+            print(files.path(index))
+
+
+def check_text(name: str, text: str) -> None:
+    """The file is to hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"The {name} is not valid UTF-8: {text!a}.") from error
+
+
+def painted(events: Iterator[Event], bars: Bars, which: str) -> tuple[CascadeResult, dict[str, int]]:
+    """What the events end with, and how many steps each stage took."""
+    from floyd.pipelines.events import Done, StageStarted, StepDone
+
+    num_steps: dict[str, int] = {}
+    for event in events:
+        if isinstance(event, StageStarted):
+            num_steps[event.stage] = event.num_steps
+            bars.start(f"{which}{event.size} px", event.num_steps)
+        elif isinstance(event, StepDone):
+            bars.step()
+        elif isinstance(event, Done):
+            return event.result, num_steps
+    raise AssertionError("a cascade ends with Done")
+
+
+def stages_up_to(cascade: Cascade, size: int | None) -> list[str]:
+    """Which stages run; all of them for a size that none reaches, which the cascade itself refuses."""
+    names, sides = list(cascade.sizes), list(cascade.sizes.values())
+    return names[: sides.index(size) + 1] if size in sides else names
+
+
+def histories_of(
+    cascade: Cascade, options: Mapping[str, Mapping[str, Any]], num_steps: Mapping[str, int]
+) -> dict[str, dict[str, str]]:
+    """For each stage that ran, what makes its picture again: all values up to it, as the options take them."""
+    steps, guidance, histories = [], [], {}
+    for name, count in num_steps.items():
+        told = {**cascade.presets.get(name, {}), **options[name]}
+        default = inspect.signature(type(cascade.stages[name]).__call__).parameters["guidance_scale"].default
+        steps.append(str(options[name].get("timesteps", count)))
+        guidance.append(f"{told.get('guidance_scale', default):g}")
+        histories[name] = {
+            "size": str(cascade.sizes[name]),
+            "steps": ",".join(steps),
+            "guidance": ",".join(guidance),
+        }
+    return histories
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the pictures go."""
+
+    output: Path
+    count: int
+    stages_dir: Path | None
+
+    @classmethod
+    def checked(cls, output: Path, count: int, stages_dir: Path | None) -> Files:
+        """Whatever would go wrong after the work goes wrong before it."""
+        if output.suffix.lower() != ".png":
+            raise ValueError(f"{output} must end in .png: pictures are written as PNG, which keeps what made them.")
+        if output.is_dir():
+            raise ValueError(f"{output} is a folder; name a file in it.")
+        if not output.parent.is_dir():
+            raise ValueError(f"There is no folder {output.parent}: make it first, or write elsewhere.")
+        if stages_dir is not None:
+            if stages_dir.exists() and not stages_dir.is_dir():
+                raise ValueError(f"--stages-dir {stages_dir} is a file; name a folder.")
+            if not stages_dir.is_dir() and not stages_dir.parent.is_dir():
+                raise ValueError(f"There is no folder {stages_dir.parent} to make {stages_dir.name} in.")
+        return cls(output, count, stages_dir)
+
+    def path(self, index: int) -> Path:
+        """picture.png, or of several picture-0.png; with so many digits that names sort as numbers do."""
+        if self.count == 1:
+            return self.output
+        digits = len(str(self.count - 1))
+        return self.output.with_stem(f"{self.output.stem}-{index:0{digits}}")
+
+    def save(
+        self,
+        index: int,
+        result: CascadeResult,
+        place: int,
+        story: Mapping[str, str],
+        histories: Mapping[str, Mapping[str, str]],
+    ) -> None:
+        """The `index`-th picture of all, which is the `place`-th of this result, and what the stages before made."""
+        from floyd import __version__
+        from floyd.images.metadata import save_png
+
+        *before, last = result.stages
+        end = {"Software": f"floyd {__version__}"}
+        if self.stages_dir is not None:
+            self.stages_dir.mkdir(exist_ok=True)
+            for name in before:
+                path = self.stages_dir / f"{self.path(index).stem}-{histories[name]['size']}.png"
+                save_png(result.stages[name][place], path, {**story, **histories[name], **end})
+        save_png(result.stages[last][place], self.path(index), {**story, **histories[last], **end})
+
+
+def _nth(done: int, batch: int, count: int) -> str:
+    """Which of several pictures it is about."""
+    if count == 1:
+        return ""
+    last = min(done + batch, count)
+    return f"{done + 1}/{count}  " if last == done + 1 else f"{done + 1}-{last}/{count}  "

@@ -1,0 +1,72 @@
+"""Which cascade a command works with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from floyd.pipelines.cascade import Cascade
+
+BUILT_IN = "built-in"
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        help="A folder of stages, or (given once for each stage) up to three folders or hub ids of pipelines. "
+        "The built-in checkpoint if not given.",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="Precision of the weights: float32, float16 or bfloat16.", show_default="float32")
+]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps, cuda:1; auto takes the best there is.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="How many CPU threads to use.", show_default="all cores")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing unless something is wrong.")]
+
+
+def load(models: Sequence[str] | None, *, dtype: str | None, device: str, threads: int | None) -> Cascade:
+    """Takes seconds: torch and transformers are imported here."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from floyd.pipelines.cascade import Cascade
+
+    disable_progress_bar()  # of transformers' loading, which takes no time worth a bar
+    if threads is not None:
+        torch.set_num_threads(threads)
+    options: dict[str, Any] = {"torch_dtype": dtype, "device_map": device_named(device)}
+    return Cascade.from_pretrained(*models, **options) if models else Cascade.built_in(**options)
+
+
+def device_named(name: str) -> torch.device:
+    """The device, if this machine has it."""
+    import torch
+
+    from floyd.pipelines.base import device_of_map
+
+    device = device_of_map(name)
+    assert device is not None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"This machine cannot compute on {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def name_of(models: Sequence[str] | None) -> str:
+    return ", ".join(models) if models else BUILT_IN
+
+
+def hash_of(models: Sequence[str] | None) -> str:
+    """Of all files of a folder, or the commit of a hub id."""
+    from floyd.store.fingerprint import fingerprint
+
+    return ", ".join(fingerprint(model) for model in models or [str(files("floyd") / "mini")])

@@ -1,0 +1,254 @@
+"""What every pipeline is: named components that are loaded, moved and saved together."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from floyd.pipelines.loading import Request, load
+from floyd.runtime.placement import (
+    LayerByLayer,
+    OneAtATime,
+    Placement,
+    WhereTheyAre,
+    accelerator,
+    best_device,
+)
+from floyd.store.components import save_component
+from floyd.store.config import Config
+from floyd.store.layout import write_index
+
+log = logging.getLogger(__name__)
+
+# Where the classes live that a checkpoint may name; classes of one's own are found once they are defined.
+_HOMES = {
+    "IFPipeline": "floyd.pipelines.deepfloyd_if",
+    "IFSuperResolutionPipeline": "floyd.pipelines.deepfloyd_if",
+    "IFImg2ImgPipeline": "floyd.pipelines.deepfloyd_if",
+    "IFImg2ImgSuperResolutionPipeline": "floyd.pipelines.deepfloyd_if",
+    "IFInpaintingPipeline": "floyd.pipelines.deepfloyd_if",
+    "IFInpaintingSuperResolutionPipeline": "floyd.pipelines.deepfloyd_if",
+    "StableDiffusionUpscalePipeline": "floyd.pipelines.upscale",
+}
+_DEFINED: dict[str, type[DiffusionPipeline]] = {}
+
+
+class DiffusionPipeline:
+    """Components, and what is done with all of them.
+
+    `DiffusionPipeline.from_pretrained` builds the class that the checkpoint names; called on a class of one's choice it
+    builds that one from the same files.
+    """
+
+    component_names: ClassVar[tuple[str, ...]] = ()
+    optional_components: ClassVar[frozenset[str]] = frozenset()  # a checkpoint may lack them
+    value_names: ClassVar[tuple[str, ...]] = ()  # arguments of the constructor that are no components
+
+    config: Config
+    _placement: Placement = WhereTheyAre()
+    _progress_bar: Mapping[str, Any] = MappingProxyType({})
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _DEFINED[cls.__name__] = cls
+
+    def __init__(self) -> None:
+        raise TypeError(f"{type(self).__name__} has no components of its own; use from_pretrained or a concrete class.")
+
+    def _register(self, components: Mapping[str, Any], **values: Any) -> None:
+        """Subclasses' constructors end here: `components` in the order of `component_names`."""
+        for name in self.component_names:
+            setattr(self, name, components[name])
+        self.config = Config.from_json(values)
+
+    # ------------------------------------------------------------------------------------------ loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        torch_dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = None,
+        dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        device_map: str | torch.device | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        **components: Any,
+    ) -> Self:
+        """A pipeline from a folder or a hub id.
+
+        A component given as a keyword is taken instead of the checkpoint's, and None does without it; the files of
+        neither are read or fetched. `variant` picks files ("fp16"), `torch_dtype` (or `dtype`) the precision, float32
+        unless given; a mapping of component names to dtypes may hold "default". `device_map` "auto" or "balanced" is
+        the machine's best device; a device's name is that device.
+        """
+        request = Request(
+            source=pretrained_model_name_or_path,
+            dtype=dtype if torch_dtype is None else torch_dtype,
+            variant=variant,
+            use_safetensors=use_safetensors,
+            hub={
+                "revision": revision,
+                "token": token,
+                "cache_dir": cache_dir,
+                "local_files_only": local_files_only,
+                "force_download": force_download,
+            },
+            given=components,
+        )
+        if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+            raise ValueError(f"torch_dtype and dtype say the same thing; got {torch_dtype!r} and {dtype!r}.")
+        device = device_of_map(device_map)
+        pipeline: Any = load(request, pipeline_class if cls is DiffusionPipeline else lambda class_name: cls)
+        return pipeline if device is None else pipeline.to(device)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Write every component into its folder, and the index; diffusers reads the result, too."""
+        for name, component in self.components.items():
+            if component is not None:
+                save_component(
+                    component,
+                    save_directory,
+                    name,
+                    safe_serialization=safe_serialization,
+                    variant=variant,
+                    max_shard_size="10GB" if max_shard_size is None else max_shard_size,
+                )
+        values = {name: self.config[name] for name in self.value_names}
+        write_index(save_directory, type(self).__name__, self.components, values=values)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """By name, as another pipeline's constructor takes them: `IFImg2ImgPipeline(**pipe.components)`."""
+        return {name: getattr(self, name) for name in self.component_names}
+
+    @property
+    def name_or_path(self) -> str | None:
+        return self.config.get("_name_or_path")
+
+    # ------------------------------------------------------------------------------------------ devices and precision
+
+    def to(self, *args: Any, device: Any = None, dtype: torch.dtype | None = None) -> Self:
+        """Move all networks to a device, cast them to a dtype, or both; in place. Ends offloading."""
+        for argument in args:
+            if isinstance(argument, torch.dtype) and dtype is None:
+                dtype = argument
+            elif isinstance(argument, str | int | torch.device) and device is None:
+                device = argument
+            elif argument is not None:
+                raise TypeError(f"to() takes a device, a dtype or both, got {argument!r}.")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"The dtype of a pipeline must be a floating one, got {dtype}.")
+        if device is not None:
+            self._place(WhereTheyAre())
+        for name, module in self._modules():
+            if dtype is not None and getattr(module, "is_quantized", False):
+                log.warning("%s is quantized: it keeps its precision.", name)
+                module.to(device=device)
+            else:
+                module.to(device=device, dtype=dtype)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first network lies; with offloading, where it computes."""
+        modules = [module for _, module in self._modules()]
+        return self._placement.device_of(modules[0]) if modules else torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        parameters = (p.dtype for _, module in self._modules() for p in module.parameters() if p.is_floating_point())
+        return next(parameters, torch.float32)
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Keep all networks in main memory, and on the accelerator only the one in use."""
+        self._offload(OneAtATime, gpu_id, device)
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep all networks in main memory, and on the accelerator only the layer in use: slow, but smallest."""
+        self._offload(LayerByLayer, gpu_id, device)
+
+    def _offload(
+        self, plan: type[OneAtATime] | type[LayerByLayer], gpu_id: int | None, device: torch.device | str | None
+    ) -> None:
+        target = accelerator() if device is None else torch.device(device)
+        if target is None or target.type == "cpu":
+            log.info("There is no accelerator to offload from: everything stays in main memory.")
+            return
+        if gpu_id is not None:
+            target = torch.device(target.type, gpu_id)
+        self.to("cpu")
+        self._place(plan(target))
+
+    def _place(self, placement: Placement) -> None:
+        self._placement = placement
+
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        return [(name, module) for name, module in self.components.items() if isinstance(module, nn.Module)]
+
+    def _device_for(self, *modules: object) -> torch.device:
+        """Where the first of these that is present computes."""
+        present = next((module for module in modules if module is not None), None)
+        return torch.device("cpu") if present is None else self._placement.device_of(present)
+
+    # -------------------------------------------------------------------------------------------------------- progress
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options of tqdm: `disable=True` silences the bar."""
+        self._progress_bar = options
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        if (iterable is None) == (total is None):
+            raise ValueError("A progress bar needs either an iterable or a total.")
+        return tqdm(iterable, total=total, **self._progress_bar)
+
+    def __repr__(self) -> str:
+        rows = [f"  {name}: {type(component).__name__}," for name, component in self.components.items()]
+        return "\n".join([f"{type(self).__name__}(", *rows, ")"])
+
+
+def pipeline_class(class_name: str) -> type[DiffusionPipeline]:
+    """The class that a checkpoint's index names."""
+    if class_name not in _DEFINED and class_name in _HOMES:
+        import_module(_HOMES[class_name])
+    if class_name not in _DEFINED:
+        raise ValueError(
+            f"The checkpoint describes a {class_name}, which floyd does not have; it has {', '.join(sorted(_HOMES))}. "
+            "Call from_pretrained on the class that you want."
+        )
+    return _DEFINED[class_name]
+
+
+def device_of_map(device_map: str | torch.device | None) -> torch.device | None:
+    """A pipeline is placed as a whole: "auto" and "balanced" mean the machine's best device."""
+    if device_map is None or isinstance(device_map, torch.device):
+        return device_map
+    if device_map in ("auto", "balanced"):
+        return best_device()
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device_map must be 'auto', 'balanced' or a device such as 'cpu' or 'cuda', got {device_map!r}."
+        ) from error

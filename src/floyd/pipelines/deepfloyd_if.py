@@ -1,0 +1,282 @@
+"""The pipelines of DeepFloyd IF: text to image, image to image and inpainting, each in two stages.
+
+A class says what its task is: which canvas, which low-resolution picture, how many steps. How it is painted is the same
+for all. The arguments of every call, in the incumbent's order:
+
+    prompt, negative_prompt                  a text or a list; `prompt_embeds`, `negative_prompt_embeds` instead
+    image, original_image, mask_image        PIL pictures, arrays [B, H, W, C] in [0, 1], tensors in [-1, 1]
+    num_inference_steps, timesteps           a number of steps, or a table (`fast27_timesteps`) or respacing string
+    guidance_scale                           how far to go from the negative prompt to the prompt; 1 or less: not at all
+    strength                                 in (0, 1]: how much of the noise to add to a given picture, and to remove
+    noise_level                              in [0, 1000): how much noise to add to the picture that is enlarged
+    num_images_per_prompt                    images of one prompt stand beside each other
+    height, width                            in pixels; the network's own size unless given
+    eta                                      for DDIM: 0 draws no noise, 1 as much as DDPM
+    generator                                one for all, or a list of one per image, which makes images independent
+    output_type                              "pil", "np" (in [0, 1]) or "pt" (in [-1, 1], what the next stage takes)
+    return_dict                              False: a tuple
+    callback, callback_steps                 called as (i, t, x) at every so many steps; returning STOP ends the chain
+    clean_caption                            clean the prompt as the captions of the training data were
+    cross_attention_kwargs                   {"scale": weight of LoRA}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Generator, Tensor
+
+from floyd.diffusion.timesteps import TABLES
+from floyd.models.safety import IFSafetyChecker
+from floyd.models.watermark import IFWatermarker
+from floyd.pipelines.if_stages import IFStage, IFSuperResolutionStage
+from floyd.pipelines.output import IFPipelineOutput
+from floyd.pipelines.painter import Task
+
+if TYPE_CHECKING:
+    from floyd.images.convert import Pictures
+    from floyd.images.mask import Mask
+
+__all__ = [
+    "IFImg2ImgPipeline",
+    "IFImg2ImgSuperResolutionPipeline",
+    "IFInpaintingPipeline",
+    "IFInpaintingSuperResolutionPipeline",
+    "IFPipeline",
+    "IFPipelineOutput",
+    "IFSafetyChecker",
+    "IFSuperResolutionPipeline",
+    "IFWatermarker",
+    "fast27_timesteps",
+    "smart27_timesteps",
+    "smart50_timesteps",
+    "smart100_timesteps",
+    "smart185_timesteps",
+    "super27_timesteps",
+    "super40_timesteps",
+    "super100_timesteps",
+]
+
+# Lists, as scripts expect them.
+fast27_timesteps = list(TABLES["fast27"])
+smart27_timesteps = list(TABLES["smart27"])
+smart50_timesteps = list(TABLES["smart50"])
+smart100_timesteps = list(TABLES["smart100"])
+smart185_timesteps = list(TABLES["smart185"])
+super27_timesteps = list(TABLES["super27"])
+super40_timesteps = list(TABLES["super40"])
+super100_timesteps = list(TABLES["super100"])
+
+Texts = str | list[str] | None
+Generators = Generator | list[Generator] | None
+Callback = Callable[[int, int, Tensor], Any]
+Result = IFPipelineOutput | tuple[Any, Any, Any]
+
+
+class IFPipeline(IFStage):
+    """Stage I: from a prompt to a picture of 64 px."""
+
+    def __call__(
+        self,
+        prompt: Texts = None,
+        num_inference_steps: int = 100,
+        timesteps: list[int] | str | None = None,
+        guidance_scale: float = 7.0,
+        negative_prompt: Texts = None,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        eta: float = 0.0,
+        generator: Generators = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback: Callback | None = None,
+        callback_steps: int = 1,
+        clean_caption: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Result:
+        """Paint. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
+        return self._call(locals())
+
+    def _task(self, arguments: Mapping[str, Any]) -> Task:
+        options = self._options(arguments)
+        return self._prepared(options, self._blank(options, arguments["height"], arguments["width"]))
+
+
+class IFImg2ImgPipeline(IFStage):
+    """Stage I, starting from a picture: a variation of it, at 64 px on its short side."""
+
+    def __call__(
+        self,
+        prompt: Texts = None,
+        image: Pictures | None = None,
+        strength: float = 0.7,
+        num_inference_steps: int = 80,
+        timesteps: list[int] | str | None = None,
+        guidance_scale: float = 10.0,
+        negative_prompt: Texts = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback: Callback | None = None,
+        callback_steps: int = 1,
+        clean_caption: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Result:
+        """Repaint. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
+        return self._call(locals())
+
+    def _task(self, arguments: Mapping[str, Any]) -> Task:
+        options = self._options(arguments)
+        canvas = self._painted(arguments["image"], options, "image")
+        return self._prepared(options, canvas, strength=arguments["strength"])
+
+
+class IFInpaintingPipeline(IFStage):
+    """Stage I, repainting the white part of a mask, at 64 px on the picture's short side."""
+
+    def __call__(
+        self,
+        prompt: Texts = None,
+        image: Pictures | None = None,
+        mask_image: Mask | list[Mask] | None = None,
+        strength: float = 1.0,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | str | None = None,
+        guidance_scale: float = 7.0,
+        negative_prompt: Texts = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback: Callback | None = None,
+        callback_steps: int = 1,
+        clean_caption: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Result:
+        """Repaint within the mask. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
+        return self._call(locals())
+
+    def _task(self, arguments: Mapping[str, Any]) -> Task:
+        options = self._options(arguments)
+        canvas = self._masked(arguments["image"], arguments["mask_image"], options, "image")
+        return self._prepared(options, canvas, strength=arguments["strength"])
+
+
+class IFSuperResolutionPipeline(IFSuperResolutionStage):
+    """Stage II: from 64 px to 256 px."""
+
+    def __call__(
+        self,
+        prompt: Texts = None,
+        height: int | None = None,
+        width: int | None = None,
+        image: Pictures | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | str | None = None,
+        guidance_scale: float = 4.0,
+        negative_prompt: Texts = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback: Callback | None = None,
+        callback_steps: int = 1,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        noise_level: int = 250,
+        clean_caption: bool = True,
+    ) -> Result:
+        """Enlarge. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
+        return self._call(locals())
+
+    def _task(self, arguments: Mapping[str, Any]) -> Task:
+        options = self._options(arguments)
+        low_res = self._low_res(arguments["image"], options, arguments["noise_level"])
+        size = self._enlarged_size(low_res.picture_BCHW, arguments["height"], arguments["width"])
+        return self._prepared(options, self._blank(options, *size), low_res=low_res)
+
+
+class IFImg2ImgSuperResolutionPipeline(IFSuperResolutionStage):
+    """Stage II of a variation: from 64 px to 256 px, starting from the original picture."""
+
+    def __call__(
+        self,
+        image: Pictures,
+        original_image: Pictures | None = None,
+        strength: float = 0.8,
+        prompt: Texts = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | str | None = None,
+        guidance_scale: float = 4.0,
+        negative_prompt: Texts = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback: Callback | None = None,
+        callback_steps: int = 1,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        noise_level: int = 250,
+        clean_caption: bool = True,
+    ) -> Result:
+        """Enlarge a variation. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
+        return self._call(locals())
+
+    def _task(self, arguments: Mapping[str, Any]) -> Task:
+        options = self._options(arguments)
+        low_res = self._low_res(arguments["image"], options, arguments["noise_level"])
+        canvas = self._painted(arguments["original_image"], options, "original_image")
+        return self._prepared(options, canvas, strength=arguments["strength"], low_res=low_res)
+
+
+class IFInpaintingSuperResolutionPipeline(IFSuperResolutionStage):
+    """Stage II of an inpainting: from 64 px to 256 px, keeping the black part of the mask as it was."""
+
+    def __call__(
+        self,
+        image: Pictures,
+        original_image: Pictures | None = None,
+        mask_image: Mask | list[Mask] | None = None,
+        strength: float = 0.8,
+        prompt: Texts = None,
+        num_inference_steps: int = 100,
+        timesteps: list[int] | str | None = None,
+        guidance_scale: float = 4.0,
+        negative_prompt: Texts = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback: Callback | None = None,
+        callback_steps: int = 1,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        noise_level: int = 0,
+        clean_caption: bool = True,
+    ) -> Result:
+        """Enlarge within the mask. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
+        return self._call(locals())
+
+    def _task(self, arguments: Mapping[str, Any]) -> Task:
+        options = self._options(arguments)
+        low_res = self._low_res(arguments["image"], options, arguments["noise_level"])
+        canvas = self._masked(arguments["original_image"], arguments["mask_image"], options, "original_image")
+        return self._prepared(options, canvas, strength=arguments["strength"], low_res=low_res)

@@ -1,0 +1,120 @@
+"""From a checkpoint's folder to a pipeline's constructor."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from floyd.store.components import load_component
+from floyd.store.hub import snapshot
+from floyd.store.layout import ComponentType, ModelIndex, read_index, type_of
+from floyd.store.pretrained import as_dtype
+
+if TYPE_CHECKING:
+    from floyd.pipelines.base import DiffusionPipeline
+
+log = logging.getLogger(__name__)
+
+P = TypeVar("P", bound="DiffusionPipeline")
+Dtypes = torch.dtype | str | Mapping[str, torch.dtype | str] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `from_pretrained` was asked for."""
+
+    source: str | os.PathLike[str]
+    dtype: Dtypes = None
+    variant: str | None = None
+    use_safetensors: bool | None = None
+    hub: Mapping[str, Any] = field(default_factory=dict, repr=False)  # holds a token
+    given: Mapping[str, Any] = field(default_factory=dict, repr=False)  # components, values, and what nobody knows
+
+    def __post_init__(self) -> None:
+        names = self.dtype.values() if isinstance(self.dtype, Mapping) else [self.dtype]
+        for name in names:
+            as_dtype(name)
+
+    def folder(self, components: list[str]) -> Any:
+        """The local folder, with these components' files in it."""
+        return snapshot(
+            self.source,
+            components=components,
+            variant=self.variant,
+            use_safetensors=self.use_safetensors,
+            **self.hub,
+        )
+
+    def dtype_of(self, component: str) -> torch.dtype | str | None:
+        if isinstance(self.dtype, Mapping):
+            return self.dtype.get(component, self.dtype.get("default"))
+        return self.dtype
+
+
+def load(request: Request, choose: Callable[[str], type[P]]) -> P:
+    """Build the chosen class from the checkpoint's components and the given ones."""
+    index = read_index(request.folder([]))
+    cls = choose(index.class_name)
+    known = {*cls.component_names, *cls.value_names}
+    if unknown := sorted(set(request.given) - known):
+        log.warning(
+            "%s.from_pretrained does not know %s; ignored. It knows %s.",
+            cls.__name__,
+            ", ".join(unknown),
+            ", ".join(known),
+        )
+    kinds = _to_load(request, index, cls)
+    folder = request.folder(list(kinds))
+    components = dict.fromkeys(cls.component_names) | {
+        name: load_component(
+            folder,
+            name,
+            *kind,
+            variant=request.variant,
+            torch_dtype=request.dtype_of(name),
+            use_safetensors=request.use_safetensors,
+        )
+        for name, kind in kinds.items()
+    }
+    values = {name: index.values[name] for name in cls.value_names if name in index.values}
+    given = {name: value for name, value in request.given.items() if name in known}
+    pipeline = cls(**{**components, **values, **given})
+    pipeline.config = pipeline.config.from_json({**pipeline.config, "_name_or_path": os.fspath(request.source)})
+    return pipeline
+
+
+def _to_load(request: Request, index: ModelIndex, cls: type[DiffusionPipeline]) -> dict[str, ComponentType]:
+    """What must come from the checkpoint: the class's components that were not given."""
+    if ignored := sorted(index.components.keys() - set(cls.component_names)):
+        log.warning("%s has no use for the checkpoint's %s.", cls.__name__, ", ".join(ignored))
+    kinds = {}
+    for name in cls.component_names:
+        kind = index.components.get(name)
+        if name in request.given:
+            _compare(name, request.given[name], kind)
+        elif kind is not None:
+            kinds[name] = kind
+    absent = [n for n in cls.component_names if n not in {*kinds, *request.given} and n not in cls.optional_components]
+    if absent:
+        raise ValueError(
+            f"{cls.__name__} needs {', '.join(cls.component_names)}; {request.source} lacks {', '.join(absent)}. "
+            f"Pass {absent[0]}=..., or {absent[0]}=None to do without."
+        )
+    return kinds
+
+
+def _compare(name: str, component: object, kind: ComponentType | None) -> None:
+    """Say so when a given component is not what the checkpoint was made with."""
+    if component is None or kind is None:
+        return
+    try:
+        found = type_of(component)
+    except ValueError:
+        return
+    if found.class_name != kind.class_name and found.class_name not in kind.class_name:
+        log.warning("The given %s is a %s; the checkpoint names a %s.", name, found.class_name, kind.class_name)

@@ -1,0 +1,232 @@
+"""Stage III: from 256 px to 1024 px with the x4 upscaler, a latent model.
+
+The loop is the same as that of the other stages; what it paints on are latents, decoded at the end. The low-resolution
+picture enters at its own size, noised, beside the latents.
+
+B images  C channels  H height  W width  Z latent channels  h, w of the latent
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from floyd.diffusion.canvas import Canvas
+from floyd.images.resize import floor_picture, floor_tensor
+from floyd.pipelines.options import Options, check_noise_level, dtype_of
+from floyd.pipelines.output import StableDiffusionPipelineOutput
+from floyd.pipelines.painter import LowRes, Painter, Task
+from floyd.pipelines.pictures import pictures
+from floyd.text.prompts import PromptPair, encode_clip_prompt
+
+if TYPE_CHECKING:
+    from floyd.images.convert import Pictures
+
+__all__ = ["StableDiffusionPipelineOutput", "StableDiffusionUpscalePipeline"]
+
+log = logging.getLogger(__name__)
+
+SCALING_FACTOR = (
+    0.08333  # of the latents; early copies of the checkpoint do not say it, and the incumbent knows no other
+)
+
+
+class StableDiffusionUpscalePipeline(Painter):
+    """Four times the side of a picture, guided by a prompt that CLIP reads."""
+
+    component_names: ClassVar[tuple[str, ...]] = (
+        "vae",
+        "text_encoder",
+        "tokenizer",
+        "unet",
+        "low_res_scheduler",
+        "scheduler",
+        "safety_checker",
+        "feature_extractor",
+        "watermarker",
+    )
+    optional_components: ClassVar[frozenset[str]] = frozenset({"safety_checker", "feature_extractor", "watermarker"})
+    value_names: ClassVar[tuple[str, ...]] = ("max_noise_level",)
+    draws_low_res_first: ClassVar[bool] = True
+
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    low_res_scheduler: Any
+
+    def __init__(
+        self,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        unet: Any,
+        low_res_scheduler: Any,
+        scheduler: Any,
+        safety_checker: Any = None,
+        feature_extractor: Any = None,
+        watermarker: Any = None,
+        max_noise_level: int = 350,
+    ) -> None:
+        self._register(locals(), max_noise_level=max_noise_level)
+        self._check_safety(requires_safety_checker=False)
+        factor = SCALING_FACTOR if vae is None else vae.config.scaling_factor
+        if factor != SCALING_FACTOR:
+            log.warning("The VAE's scaling_factor is %s; stage III uses %s all the same.", factor, SCALING_FACTOR)
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """CLIP's embeddings of the prompt and the negative prompt. The argument order is the incumbent's."""
+        if lora_scale not in (None, 1):
+            log.warning("lora_scale is the weight of LoRA in the text encoder, which has none: it has no effect.")
+        with self._placement.use(self.text_encoder) as text_encoder:
+            pair = encode_clip_prompt(
+                prompt,
+                tokenizer=self.tokenizer,
+                text_encoder=text_encoder,
+                negative_prompt=negative_prompt,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                do_classifier_free_guidance=do_classifier_free_guidance,
+                num_images_per_prompt=num_images_per_prompt,
+                clip_skip=clip_skip,
+                device=self._device_for(self.unet, self.text_encoder) if device is None else device,
+                unet_dtype=None if self.unet is None else dtype_of(self.unet),
+            )
+        return pair.positive, pair.negative
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: Pictures | None = None,
+        num_inference_steps: int = 75,
+        guidance_scale: float = 9.0,
+        noise_level: int = 20,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generator | list[Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback: Callable[[int, int, Tensor], Any] | None = None,
+        callback_steps: int = 1,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+    ) -> StableDiffusionPipelineOutput | tuple[Any, Any]:
+        """Enlarge four times.
+
+        `image`: PIL pictures, arrays in [0, 1] or tensors in [-1, 1], one for each prompt. `noise_level` in
+        [0, max_noise_level]: how much noise to add to it; more leaves more to invent. `latents`: start from these
+        instead of noise. `output_type`: "pil", "np", "pt" (both in [0, 1]) or "latent" (not decoded). `clip_skip`:
+        leave out so many of CLIP's last layers. The others are described at the head of `floyd.pipelines.deepfloyd_if`.
+        """
+        task = self._task(locals())
+        x_BZhw = self._denoised(task)
+        if task.options.output_type == "latent":
+            output = StableDiffusionPipelineOutput(x_BZhw)
+        else:
+            done = self.finished(x_BZhw)
+            images = done.unit() if task.options.output_type == "pt" else done.images(task.options.output_type)
+            output = StableDiffusionPipelineOutput(images, done.nsfw)
+        return output if task.options.return_dict else (output.images, output.nsfw_content_detected)
+
+    def finished(self, x_BCHW: Tensor) -> Any:
+        return super().finished(self.decode(x_BCHW))
+
+    @torch.no_grad()
+    def decode(self, x_BZhw: Tensor) -> Tensor:
+        """Latents to pixels, [-1, 1] and a little beyond. A VAE that overflows in float16 works in float32."""
+        self._need("vae")
+        overflows = dtype_of(self.vae) == torch.float16 and self.vae.config.force_upcast
+        vae = deepcopy(self.vae).float() if overflows else self.vae  # the component itself never changes
+        with self._placement.use(vae) as ready:
+            z_BZhw = (x_BZhw / SCALING_FACTOR).to(self._placement.device_of(ready), dtype_of(ready))
+            x_BCHW: Tensor = ready.decode(z_BZhw).sample
+        return x_BCHW.float()
+
+    def _task(self, arguments: Mapping[str, Any]) -> Task:
+        self._need("unet", "vae", "scheduler", "low_res_scheduler")
+        options = Options.of(arguments)
+        options.check_output_type("latent")
+        if options.reads_text:
+            self._need("tokenizer", "text_encoder")
+        low_res = self._low_res(arguments["image"], options, arguments["noise_level"])
+        sampler, steps = self.steps_for(options)
+        device = low_res.picture_BCHW.device
+        height, width = low_res.picture_BCHW.shape[-2:]
+        canvas = Canvas.blank(options.num_images, height, width, self.vae.config.latent_channels, device=device)
+        start_BZhw = _start(arguments["latents"], canvas.picture_BCHW)
+        self._check_channels(canvas.picture_BCHW.shape[1] + low_res.picture_BCHW.shape[1])
+        positive, negative = self.encode_prompt(
+            options.prompt,
+            num_images_per_prompt=options.num_images_per_prompt,
+            do_classifier_free_guidance=options.is_guided,
+            negative_prompt=options.negative_prompt,
+            prompt_embeds=options.prompt_embeds,
+            negative_prompt_embeds=options.negative_prompt_embeds,
+            clip_skip=arguments["clip_skip"],
+        )
+        return Task(
+            options=options,
+            text=PromptPair(positive, negative),
+            canvas=canvas,
+            steps=steps,
+            sampler=sampler,
+            low_res=low_res,
+            start_BCHW=start_BZhw,
+        )
+
+    def _low_res(self, image: Any, options: Options, noise_level: int) -> LowRes:
+        level = check_noise_level(noise_level, self.noise_levels)
+        x_BCHW = pictures(image, options, resize=partial(floor_picture, multiple=self.factor))
+        if isinstance(image, Tensor) and bool((x_BCHW >= 0).all()):
+            log.warning(
+                "image is a tensor without a negative value. Tensors are read as [-1, 1]: if this one is in [0, 1], "
+                "pass 2 * image - 1."
+            )
+        x_BCHW = floor_tensor(x_BCHW, multiple=self.factor).to(self._device_for(self.unet))
+        return LowRes(x_BCHW, level, self.low_res_scheduler.schedule)
+
+    @property
+    def factor(self) -> int:
+        """How many times larger a picture becomes: a latent covers so many pixels."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def noise_levels(self) -> int:
+        return min(int(self.config.max_noise_level) + 1, len(self.low_res_scheduler.schedule))
+
+    def _check_channels(self, channels: int) -> None:
+        wanted = self.unet.config.in_channels
+        if channels != wanted:
+            raise ValueError(
+                f"The UNet reads {wanted} channels, but latents and picture have {channels}: "
+                "unet and vae are not of one upscaler."
+            )
+
+
+def _start(latents: Tensor | None, blank_BZhw: Tensor) -> Tensor | None:
+    if latents is None:
+        return None
+    if latents.shape != blank_BZhw.shape:
+        raise ValueError(f"latents must have the shape {list(blank_BZhw.shape)}, got {list(latents.shape)}.")
+    return latents.to(blank_BZhw)
