@@ -34,8 +34,9 @@ def trainer(folder: Path, config: LoopConfig = CONFIG) -> Trainer:
 def everything(one: Trainer) -> dict[str, torch.Tensor]:
     """All numbers that the rest of the run depends on."""
     moments = {
-        f"optimizer.{i}.{key}": value
-        for i, state in one.optimizer.state_dict()["state"].items()
+        f"{type(optimizer).__name__}.{i}.{key}": value
+        for optimizer in one.optimizers
+        for i, state in optimizer.state_dict()["state"].items()
         for key, value in state.items()
     }
     shadow = {f"ema.{name}": value for name, value in one.ema.shadow.items()}
@@ -66,11 +67,13 @@ def test_a_step_past_the_end_is_refused() -> None:
         CONFIG.phase_at(10)
 
 
-def test_a_run_without_phases_and_an_unknown_precision_are_refused() -> None:
+def test_a_run_without_phases_and_unknown_words_are_refused() -> None:
     with pytest.raises(ValueError, match="phases must not be empty"):
         LoopConfig(phases=())
     with pytest.raises(ValueError, match="precision must be 'bf16' or 'fp32', got 'fp16'"):
         LoopConfig(phases=PHASES, precision="fp16")
+    with pytest.raises(ValueError, match="optimizer must be 'adamw' or 'muon', got 'sgd'"):
+        LoopConfig(phases=PHASES, optimizer="sgd")
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -95,12 +98,12 @@ def test_the_time_left_is_the_mean_time_of_a_step_times_the_steps_to_come() -> N
     assert Progress(step=3, num_steps=10, losses={}, seconds=8.0).seconds_left == pytest.approx(12.0)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(("precision", "optimizer"), [("bf16", "adamw"), ("fp32", "adamw"), ("bf16", "muon")])
 @pytest.mark.parametrize("stops", [[1], [3, 4, 9]])
 def test_a_run_that_was_left_and_resumed_equals_one_that_was_not(
-    tmp_path: Path, stops: list[int], precision: str
+    tmp_path: Path, stops: list[int], precision: str, optimizer: str
 ) -> None:
-    config = replace(CONFIG, precision=precision)
+    config = replace(CONFIG, precision=precision, optimizer=optimizer)
     whole = trainer(tmp_path / "whole", config)
     list(whole.run())
     for stop in stops:
@@ -151,9 +154,25 @@ def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], value) for name, value in everything(again).items())
 
 
-def test_matrices_are_decayed_and_vectors_are_not(tmp_path: Path) -> None:
-    groups = trainer(tmp_path, replace(CONFIG, weight_decay=0.3)).optimizer.param_groups
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_matrices_are_decayed_and_vectors_are_not(tmp_path: Path, optimizer: str) -> None:
+    one = trainer(tmp_path, replace(CONFIG, weight_decay=0.3, optimizer=optimizer))
+    groups = [group for optimizer in one.optimizers for group in optimizer.param_groups]
     assert {(group["weight_decay"], p.ndim) for group in groups for p in group["params"]} == {(0.3, 2), (0.0, 1)}
+
+
+def test_muon_takes_what_lies_between_the_ends_and_adamw_all_else(tmp_path: Path) -> None:
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("conv_in", "hidden", "conv_out")})
+    adamw, muon = Trainer(model, loss_of, replace(CONFIG, optimizer="muon"), tmp_path).optimizers
+    taken = {id(p): kind for kind, o in (("adamw", adamw), ("muon", muon)) for g in o.param_groups for p in g["params"]}
+    assert {name: taken[id(p)] for name, p in model.named_parameters()} == {
+        "conv_in.weight": "adamw",
+        "conv_in.bias": "adamw",
+        "hidden.weight": "muon",
+        "hidden.bias": "adamw",
+        "conv_out.weight": "adamw",
+        "conv_out.bias": "adamw",
+    }
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_when(tmp_path: Path) -> None:

@@ -11,4 +11,4 @@ def main() -> None:
         from floyd.apps.cli.app import app
     except KeyboardInterrupt:
         sys.exit(130)
-    app()
+    app(prog_name="floyd")

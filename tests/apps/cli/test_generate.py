@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import floyd
+from floyd.apps.cli.app import app
+from floyd.apps.cli.generate import Files
+from floyd.images.metadata import read_info
+from floyd.pipelines.cascade import Cascade
+from floyd.store.fingerprint import fingerprint
+
+PROMPT = "a red circle above a blue square, ünïcödé 猫"
+
+
+@pytest.fixture
+def generate(folder: Path, cascade: Cascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`floyd generate PROMPT -o tmp_path/picture.png`, with a cascade that is loaded already."""
+    monkeypatch.setattr("floyd.apps.cli.generate.load", lambda *args, **options: cascade)
+
+    def run(*arguments: str, prompt: str = PROMPT, output: str = "picture.png", model: str = str(folder)) -> Result:
+        return CliRunner().invoke(app, ["generate", prompt, "-o", str(tmp_path / output), "--model", model, *arguments])
+
+    return run
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def test_the_picture_is_the_cascades(generate: Callable[..., Result], cascade: Cascade, tmp_path: Path) -> None:
+    result = generate("--seed", "4", "--size", "96")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'picture.png'}\n"
+    expected = cascade(PROMPT, seed=4, size=96).images[0]
+    assert np.array_equal(pixels(tmp_path / "picture.png"), np.asarray(expected))
+
+
+def test_the_file_says_what_made_it(generate: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+    generate("--seed", "4", "--size", "96", "--guidance", "3,1.5", "--negative-prompt", "a dog")
+    assert read_info(tmp_path / "picture.png") == {
+        "prompt": PROMPT,
+        "negative_prompt": "a dog",
+        "seed": "4",
+        "size": "96",
+        "steps": "3,2",
+        "guidance": "3,1.5",
+        "model": str(folder),
+        "model_hash": fingerprint(folder),
+        "dtype": "float32",
+        "device": "cpu",
+        "Software": f"floyd {floyd.__version__}",
+    }
+
+
+def test_what_made_a_picture_makes_it_again(generate: Callable[..., Result], tmp_path: Path) -> None:
+    """The kept pictures of the stages, too."""
+    generate("--seed", "9", "--steps", "smart27,2", "--size", "96", "--stages-dir", str(tmp_path / "stages"))
+    for path in (tmp_path / "picture.png", tmp_path / "stages" / "picture-48.png"):
+        info = read_info(path)
+        asked = [f"--{key}={info[key]}" for key in ("seed", "size", "steps", "guidance")]
+        assert generate(*asked, prompt=info["prompt"], output="again.png").exit_code == 0
+        assert np.array_equal(pixels(path), pixels(tmp_path / "again.png"))
+        assert read_info(tmp_path / "again.png") == info
+    assert names(tmp_path) == ["again.png", "picture.png", "stages/picture-48.png"]
+
+
+def test_all_stages_before_the_last_are_kept(generate: Callable[..., Result], cascade: Cascade, tmp_path: Path) -> None:
+    assert generate("--stages-dir", str(tmp_path)).exit_code == 0
+    assert names(tmp_path) == ["picture-48.png", "picture-96.png", "picture.png"]
+    sides = [pixels(tmp_path / name).shape[0] for name in names(tmp_path)]
+    assert sides == [48, 96, 384]
+    assert read_info(tmp_path / "picture-96.png")["steps"] == "3,2"
+    assert read_info(tmp_path / "picture.png")["steps"] == "3,2,2"
+    assert read_info(tmp_path / "picture.png")["guidance"] == "2,1,1"
+
+
+def test_picture_i_of_several_is_the_picture_of_its_own_seed(generate: Callable[..., Result], tmp_path: Path) -> None:
+    result = generate("--count", "3", "--seed", "5", "--size", "48", output="many.png")
+    assert result.stdout.splitlines() == [str(tmp_path / f"many-{i}.png") for i in range(3)]
+    for i in range(3):
+        generate("--seed", str(5 + i), "--size", "48", output="one.png")
+        assert np.array_equal(pixels(tmp_path / f"many-{i}.png"), pixels(tmp_path / "one.png"))
+        assert read_info(tmp_path / f"many-{i}.png") == read_info(tmp_path / "one.png")
+
+
+def test_a_batch_paints_the_same_pictures_at_once(generate: Callable[..., Result], tmp_path: Path) -> None:
+    generate("--count", "3", "--size", "48", output="one.png")
+    generate("--count", "3", "--size", "48", "--batch", "2", output="two.png")
+    for i in range(3):
+        one, two = (pixels(tmp_path / f"{name}-{i}.png").astype(int) for name in ("one", "two"))
+        assert np.abs(one - two).mean() < 0.1
+        assert read_info(tmp_path / f"two-{i}.png")["seed"] == str(i)
+    assert not np.array_equal(pixels(tmp_path / "one-0.png"), pixels(tmp_path / "one-1.png"))
+
+
+def test_names_of_many_pictures_sort_as_numbers_do() -> None:
+    files = Files(Path("a.b.png"), 11, None)
+    assert [files.path(i).name for i in (0, 9, 10)] == ["a.b-00.png", "a.b-09.png", "a.b-10.png"]
+    assert Files(Path("a.png"), 1, None).path(0) == Path("a.png")
+
+
+def test_progress_is_told_on_stderr_and_not_if_quiet(generate: Callable[..., Result]) -> None:
+    told = generate("--size", "96").stderr.splitlines()
+    assert [line.split(",")[0] for line in told] == ["48 px: 3/3", "96 px: 2/2"]
+    quiet = generate("--size", "48", "--quiet")
+    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+def test_a_model_is_loaded_as_asked(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is replaced here; two pipelines' folders make a cascade of two stages."""
+    monkeypatch.chdir(tmp_path)
+    models = [f"--model={folder / stage}" for stage in ("stage_1", "stage_2")]
+    result = CliRunner().invoke(
+        app, ["generate", "a cat", *models, "--dtype", "bfloat16", "--device", "cpu", "--steps", "1", "--size", "48"]
+    )
+    assert result.exit_code == 0, result.stderr
+    info = read_info(tmp_path / "picture.png")
+    assert info["dtype"] == "bfloat16"
+    assert info["model"] == f"{folder / 'stage_1'}, {folder / 'stage_2'}"
+    assert info["model_hash"] == f"{fingerprint(folder / 'stage_1')}, {fingerprint(folder / 'stage_2')}"
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("output", "arguments", "message"),
+    [
+        ("picture.jpg", [], "must end in .png"),
+        ("picture", [], "must end in .png"),
+        ("nowhere/picture.png", [], "There is no folder"),
+        ("folder.png", [], "is a folder"),
+        ("picture.png", ["--stages-dir", "{tmp}/nowhere/stages"], "There is no folder"),
+        ("picture.png", ["--stages-dir", "{tmp}/file.txt"], "is a file"),
+        ("picture.png", ["--size", "100"], "size must be one of 48, 96, 384"),
+        ("picture.png", ["--size", "big"], "--size"),
+        ("picture.png", ["--steps", "0"], "num_inference_steps"),
+        ("picture.png", ["--steps", "2000"], "num_inference_steps"),
+        ("picture.png", ["--steps", "fast28"], "fast28"),
+        ("picture.png", ["--steps", "2,"], "steps must be"),
+        ("picture.png", ["--steps", "2,2"], "or 3, for stage_1"),
+        ("picture.png", ["--guidance", "nan"], "guidance_scale must be a finite number"),
+        ("picture.png", ["--guidance", "strong"], "guidance must be a number"),
+        ("picture.png", ["--seed", "-1"], "--seed"),
+        ("picture.png", ["--count", "0"], "--count"),
+        ("picture.png", ["--negative-prompt", "\udcff"], "not valid UTF-8"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_no_work(
+    generate: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    output: str,
+    arguments: list[str],
+    message: str,
+) -> None:
+    def paint(*args: Any) -> None:
+        raise AssertionError("painted")
+
+    monkeypatch.setattr("floyd.apps.cli.generate.painted", paint)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file.txt").touch()
+    result = generate(*(argument.format(tmp=tmp_path) for argument in arguments), output=output)
+    assert result.exit_code == 2, result.exception
+    assert message in result.stderr
+    assert result.stderr.startswith("floyd: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert names(tmp_path) == ["file.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "{tmp}"], "none of them"),
+        (["--model", "{tmp}/nowhere"], "neither an existing folder nor a hub id"),
+        (["--model", "{folder}", "--dtype", "float33"], "float33"),
+        (["--model", "{folder}", "--device", "toaster"], "toaster"),
+        (["--model", "{folder}", "--device", "cuda:99"], "cannot compute on 'cuda:99'"),
+        (["--model", "{folder}", "--threads", "0"], "--threads"),
+        (["--model", "a", "--model", "b", "--model", "c", "--model", "d"], "got 4"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_one_line(
+    folder: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    asked = [argument.format(tmp=tmp_path, folder=folder) for argument in arguments]
+    result = CliRunner().invoke(app, ["generate", "a cat", "-o", str(tmp_path / "a.png"), *asked])
+    assert result.exit_code == 2, result.exception
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert names(tmp_path) == []
+
+
+# -------------------------------------------------------------------------------------------------------- interruption
+
+_UNTIL_INTERRUPTED = """
+import time
+from floyd.apps.cli import main
+from floyd.apps.cli.progress import _Lines
+
+def step(self, count=1, note=""):
+    print("painting", flush=True)
+    time.sleep(0.05)
+
+_Lines.step = step
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_leaves_no_file_and_exits_130(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(b"an older one")
+    arguments = ["generate", "a cat", "--model", str(folder), "--steps", "1000", "-o", str(tmp_path / "picture.png")]
+    path = os.pathsep.join([str(Path(floyd.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", _UNTIL_INTERRUPTED, *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "painting\n"
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert told == "floyd: interrupted; 0 of 1 pictures were finished.\n"
+    assert names(tmp_path) == ["picture.png"]
+    assert (tmp_path / "picture.png").read_bytes() == b"an older one"
+
+
+def test_ctrl_c_amid_writing_leaves_no_half_file(
+    generate: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Image.Image.save
+    num_saved = 0
+
+    def save(picture: Image.Image, file: Any, **options: Any) -> None:
+        nonlocal num_saved
+        num_saved += 1
+        if num_saved == 2:
+            file.write(b"\x89PNG half of it")
+            signal.raise_signal(signal.SIGINT)
+        whole(picture, file, **options)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    result = generate("--count", "3", "--size", "48", "--quiet")
+    assert result.exit_code == 130
+    assert result.stderr == "floyd: interrupted; 1 of 3 pictures were finished.\n"
+    assert names(tmp_path) == ["picture-0.png"]
+    assert pixels(tmp_path / "picture-0.png").shape == (48, 48, 3)

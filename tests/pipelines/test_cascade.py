@@ -1,0 +1,247 @@
+"""One call from a prompt to all three sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from floyd.errors import CheckpointError, ConfigError
+from floyd.pipelines.cascade import Cascade, Done, StageDone, StageStarted, StepDone, stage_seed
+from floyd.runtime.placement import OneAtATime
+
+PROMPT = "a red circle"
+PRESETS: dict[str, Any] = {
+    "stage_1": {"timesteps": [900, 600, 0], "guidance_scale": 3.0},
+    "stage_2": {"num_inference_steps": 2, "noise_level": 100},
+    "stage_3": {"num_inference_steps": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def root(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stages in the built-in checkpoint's layout."""
+    root = tmp_path_factory.mktemp("cascade")
+    for name, folder in zip(("stage_1", "stage_2", "stage_3"), folders.values(), strict=True):
+        (root / name).symlink_to(folder, target_is_directory=True)
+    (root / "floyd.json").write_text(json.dumps(PRESETS))
+    return root
+
+
+@pytest.fixture(scope="module")
+def from_disk(root: Path) -> Cascade:
+    return Cascade.from_pretrained(root)
+
+
+@pytest.fixture
+def cascade(ours: dict[str, Any]) -> Cascade:
+    return Cascade(*ours.values(), presets=PRESETS)
+
+
+def pixels(images: list[Any]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def test_a_folder_of_stages_is_read_with_its_presets(from_disk: Cascade) -> None:
+    assert from_disk.sizes == {"stage_1": 32, "stage_2": 48, "stage_3": 192}
+    assert from_disk.presets == PRESETS
+    stages = list(from_disk.stages.values())
+    assert stages[1].text_encoder is None
+    for name in ("safety_checker", "feature_extractor", "watermarker"):
+        assert getattr(stages[0], name) is getattr(stages[1], name) is getattr(stages[2], name)
+        assert getattr(stages[0], name) is not None
+
+
+def test_pipelines_folders_are_a_cascade_too(folders: dict[str, Path]) -> None:
+    cascade = Cascade.from_pretrained(folders["one"], folders["two"], torch_dtype=torch.bfloat16)
+    assert cascade.sizes == {"stage_1": 32, "stage_2": 48}
+    assert cascade.presets == {}
+    assert cascade.stages["stage_2"].unet.dtype == torch.bfloat16
+
+
+def test_every_step_is_told_in_order(cascade: Cascade) -> None:
+    events = list(cascade.run(PROMPT))
+    kinds = [(type(event), getattr(event, "stage", None)) for event in events]
+    expected = []
+    for stage, steps in (("stage_1", 3), ("stage_2", 2), ("stage_3", 1)):
+        expected += [(StageStarted, stage), *[(StepDone, stage)] * steps, (StageDone, stage)]
+    assert kinds == [*expected, (Done, None)]
+    started = [(e.num_steps, e.size) for e in events if isinstance(e, StageStarted)]
+    assert started == [(3, 32), (2, 48), (1, 192)]
+    assert [e.index for e in events if isinstance(e, StepDone)] == [0, 1, 2, 0, 1, 0]
+    result = events[-1].result
+    assert {name: images[0].size for name, images in result.stages.items()} == {
+        "stage_1": (32, 32), "stage_2": (48, 48), "stage_3": (192, 192),
+    }  # fmt: skip
+    assert result.images == result.stages["stage_3"]
+    assert (result.seeds, result.nsfw_detected) == ([0], [False])
+
+
+def test_a_preview_is_the_clean_picture_so_far(cascade: Cascade) -> None:
+    *_, last_step, done, _ = cascade.run(PROMPT, size=32)
+    assert isinstance(last_step, StepDone)
+    assert isinstance(done, StageDone)
+    np.testing.assert_array_equal(pixels(last_step.preview()), pixels(done.pictures))
+    latent = next(e for e in cascade.run(PROMPT) if isinstance(e, StepDone) and e.stage == "stage_3")
+    assert latent.preview()[0].size == (192, 192)
+
+
+def test_an_image_depends_on_its_own_seed_alone(cascade: Cascade) -> None:
+    many = cascade(PROMPT, size=48, seed=5, count=2)
+    assert many.seeds == [5, 6]
+    assert np.abs(pixels(many.images)[0] - pixels(many.images)[1]).max() > 20
+    one = cascade(PROMPT, size=48, seed=6)
+    assert np.abs(pixels(one.images)[0] - pixels(many.images)[1]).max() <= 2
+
+
+def test_the_chain_is_what_the_pipelines_paint_by_hand(cascade: Cascade, ours: dict[str, Any]) -> None:
+    positive, negative = ours["one"].encode_prompt("a cat", clean_caption=True, negative_prompt="a dog")
+    text = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+
+    def seeded(stage: str) -> torch.Generator:
+        return torch.Generator().manual_seed(stage_seed(3, stage))
+
+    first = ours["one"](
+        **text, generator=seeded("stage_1"), output_type="pt", timesteps=[900, 600, 0], guidance_scale=3.0
+    )
+    second = ours["two"](
+        image=first.images,
+        **text,
+        generator=seeded("stage_2"),
+        num_inference_steps=2,
+        noise_level=100,
+        output_type="pt",
+    )
+    third = ours["three"](
+        "a cat", second.images, 1, negative_prompt="a dog", generator=seeded("stage_3"), output_type="pil"
+    )
+    result = cascade("a cat", negative_prompt="a dog", seed=3)
+    np.testing.assert_array_equal(pixels(result.images), pixels(third.images))
+
+
+def test_the_caller_is_stronger_than_the_presets(cascade: Cascade) -> None:
+    def steps(**told: Any) -> list[int]:
+        return [e.num_steps for e in cascade.run(PROMPT, **told) if isinstance(e, StageStarted)]
+
+    assert steps(steps=1) == [1, 1, 1]
+    assert steps(steps=(2, None, None)) == [2, 2, 1]
+    assert steps(steps=("3", 1), size=48) == [3, 1]
+    assert steps(options={"stage_1": {"timesteps": [500, 0]}}, size=32) == [2]
+
+
+def test_stages_and_seeds_do_not_share_their_noise() -> None:
+    seeds = [stage_seed(seed, stage) for seed in range(100) for stage in ("stage_1", "stage_2", "stage_3")]
+    assert len(set(seeds)) == 300
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_text_encoder_is_freed_and_comes_back(root: Path) -> None:
+    cascade = Cascade.from_pretrained(root)
+    first = cascade(PROMPT, size=32, free_text_encoder=True)
+    assert cascade.stages["stage_1"].text_encoder is None
+    again = cascade(PROMPT, size=32)
+    assert cascade.stages["stage_1"].text_encoder is not None
+    np.testing.assert_array_equal(pixels(first.images), pixels(again.images))
+
+
+def test_a_freed_text_encoder_that_nobody_can_load_is_missed(cascade: Cascade) -> None:
+    cascade(PROMPT, size=32, free_text_encoder=True)
+    with pytest.raises(ValueError, match="no text encoder"):
+        cascade.run(PROMPT)
+
+
+def test_whoever_leaves_in_the_middle_leaves_no_trace(cascade: Cascade) -> None:
+    for stage in cascade.stages.values():
+        stage._place(OneAtATime(torch.device("cpu")))
+    events = cascade.run(PROMPT)
+    for event in events:
+        if isinstance(event, StepDone):
+            break
+    events.close()  # type: ignore[attr-defined]
+    assert next(events, None) is None
+    assert cascade(PROMPT, size=32).images
+
+
+def test_an_unsafe_picture_is_black_in_all_stages(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
+    from floyd.models.safety import IFSafetyChecker, SafetyScores
+
+    verdict = SafetyScores(torch.tensor([5.0]), torch.tensor([-5.0]))
+    monkeypatch.setattr(IFSafetyChecker, "scores", lambda self, x: verdict)
+    for stage in cascade.stages.values():
+        stage.watermarker = None
+    previews, events = [], []
+    for event in cascade.run(PROMPT, size=48):
+        events.append(event)
+        if isinstance(event, StepDone):
+            previews.append(event.preview())
+    result = events[-1].result
+    assert result.nsfw_detected == [True]
+    for images in [*previews, *result.stages.values()]:
+        assert (pixels(images) == 0).all()
+
+
+BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"size": 64}, ValueError, "one of 32, 48, 192"),
+    ({"count": 0}, ValueError, "count must be a positive int"),
+    ({"seed": -1}, ValueError, "seed must be an int"),
+    ({"seed": 0.5}, ValueError, "seed must be an int"),
+    ({"prompt": ["a", "b"]}, TypeError, "prompt of a cascade is one str"),
+    ({"negative_prompt": ["a"]}, TypeError, "negative_prompt of a cascade is one str"),
+    ({"steps": 0}, ValueError, r"in \[1, 1000\]"),
+    ({"steps": (1, 2)}, ValueError, "one for each of stage_1, stage_2, stage_3"),
+    ({"steps": ("fast28", 1, 1)}, ValueError, "fast27"),
+    ({"steps": "fast27"}, TypeError, "StableDiffusionUpscalePipeline does not take timesteps"),
+    ({"guidance": "high"}, ValueError, "finite number"),
+    ({"options": {"stage_4": {}}}, ValueError, "stage_4"),
+    ({"options": {"stage_2": {"noise": 1}}}, TypeError, "does not take noise"),
+    ({"options": {"stage_2": {"noise_level": 1000}}}, ValueError, "noise_level of stage_2"),
+    ({"options": {"stage_3": {"noise_level": 351}}}, ValueError, "noise_level of stage_3"),
+    ({"options": {"stage_2": {"image": None}}}, ValueError, "image of stage_2 is what the cascade itself decides"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD_CALLS, ids=range(len(BAD_CALLS)))
+def test_a_bad_call_is_refused_at_once(
+    cascade: Cascade, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        cascade.run(**{"prompt": PROMPT, **arguments})
+
+
+def test_stages_of_another_kind_are_refused(ours: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="stage_1 of a cascade is an IFPipeline, got a IFSuperResolutionPipeline"):
+        Cascade(ours["two"])
+    with pytest.raises(ValueError, match="one to 3 stages, got 0"):
+        Cascade()
+    with pytest.raises(ValueError, match="got 4"):
+        Cascade.from_pretrained(*["a/b"] * 4)
+    with pytest.raises(CheckpointError, match="holds none of them"):
+        Cascade.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "presets",
+    [{"stage_1": {"num_steps": 3}}, {"stage_1": {"num_inference_steps": 0}}, {"stage_2": {"noise_level": 2000}}],
+)
+def test_presets_that_cannot_be_used_are_refused_when_loaded(ours: dict[str, Any], presets: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"The presets of {next(iter(presets))} cannot be used"):
+        Cascade(*ours.values(), presets=presets)
+
+
+def test_a_saved_cascade_is_read_again(cascade: Cascade, tmp_path: Path) -> None:
+    cascade.save_pretrained(tmp_path)
+    again = Cascade.from_pretrained(tmp_path)
+    assert again.presets == PRESETS
+    np.testing.assert_array_equal(pixels(again(PROMPT, size=48).images), pixels(cascade(PROMPT, size=48).images))
+
+
+def test_devices_and_offloading_are_passed_to_every_stage(cascade: Cascade) -> None:
+    assert cascade.to(torch.bfloat16) is cascade
+    assert {stage.unet.dtype for stage in cascade.stages.values()} == {torch.bfloat16}
+    cascade.to(torch.float32)
+    cascade.enable_model_cpu_offload(device="meta")
+    assert {stage.device.type for stage in cascade.stages.values()} == {"meta"}
