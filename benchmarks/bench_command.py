@@ -44,7 +44,10 @@ def main() -> None:
         commands = {
             "import floyd": [sys.executable, "-c", "import floyd"],
             "floyd --help": [floyd, "--help"],
-            **{f"{size} px": [floyd, "generate", PROMPT, "-o", picture, "--size", str(size)] for size in (64, 256, 1024)},
+            **{
+                f"{size} px": [floyd, "generate", PROMPT, "-o", picture, "--size", str(size)]
+                for size in (64, 256, 1024)
+            },
         }
         for name, command in commands.items():
             seconds, gib = zip(*(whole_process(command) for _ in range(runs)), strict=True)

@@ -1,6 +1,6 @@
 """How far floyd's pictures are from diffusers': three tiny random stages chained, float32, one seed.
 
-    python benchmarks/bench_parity.py [--steps 4]
+python benchmarks/bench_parity.py [--steps 4]
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from common import write
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-import tiny
-
 import floyd
+import tiny
 
 PROMPT = "a large red circle above a small blue square"
 

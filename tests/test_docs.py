@@ -1,4 +1,4 @@
-"""Every Python block of the README and the docs runs as it stands, unless it says `notest` (it needs weights of others)."""
+"""Every Python block of the README and the docs runs, unless it says `notest`: those need weights of others."""
 
 from __future__ import annotations
 

@@ -181,11 +181,16 @@ def test_an_image_of_its_own_generator_does_not_depend_on_its_neighbours():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_network_still_paints_a_finite_float32_picture(dtype):
-    text = Conditioning(texts()[0])
-    predict = Guidance(text).predictor(lambda x, t, c: network(x.to(dtype), t, c.text_BLD.to(dtype)))
+    seen = set()
+
+    def half(x, t, conditioning):
+        seen.add(x.dtype)
+        return network(x.to(dtype), t, conditioning.text_BLD.to(dtype))
+
+    predict = Guidance(Conditioning(texts()[0])).predictor(half)
     noise, canvas = Noise.seeded(0), Canvas.blank(2, 8, 8, dtype=dtype)
     x = denoise(canvas.first(SCHEDULE, 999, noise), predict, ANCESTRAL, STEPS, canvas, noise)
-    assert x.dtype == torch.float32
+    assert seen == {x.dtype} == {torch.float32}
     assert x.isfinite().all()
 
 

@@ -142,6 +142,16 @@ def test_half_precision_predictions_give_finite_float32_pictures(dtype, sampler_
         assert clean.abs().max() <= 1
 
 
+@pytest.mark.parametrize("sampler", [Ancestral(NoiseSchedule.cosine()), Implicit(NoiseSchedule.cosine(), eta=1.0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_step_in_half_precision_is_the_step_in_float32(sampler, dtype):
+    x, *pred = (random(seed, *SHAPE).to(dtype) for seed in range(3))
+    half = sampler.step(x, Prediction(*pred), Step(0, 900, 800), Noise.seeded(0))
+    full = sampler.step(x.float(), Prediction(*(p.float() for p in pred)), Step(0, 900, 800), Noise.seeded(0))
+    assert torch.equal(half.x_BCHW, full.x_BCHW)
+    assert torch.equal(half.clean_BCHW, full.clean_BCHW)
+
+
 def test_overflow_in_the_network_leaves_no_holes_in_the_picture():
     target = random(0, *SHAPE)
     target[:, :, :4] = torch.inf

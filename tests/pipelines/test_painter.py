@@ -23,7 +23,8 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def paint(pipe: Any, **arguments: Any) -> torch.Tensor:
-    picture: torch.Tensor = pipe(generator=seeded(), output_type="pt", **{"num_inference_steps": 3, **arguments}).images
+    given = {"num_inference_steps": 3, "output_type": "pt", **arguments}
+    picture: torch.Tensor = pipe(generator=seeded(), **given).images
     return picture
 
 
@@ -96,6 +97,14 @@ def test_a_network_compiled_in_place_is_called_whole(ours: dict[str, Any], monke
     assert len(calls) == 3
 
 
+def test_a_compiled_network_of_ours_is_not_told_what_it_does_not_take(
+    ours: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ours["one"].unet, "_compiled_call_impl", ours["one"].unet.forward)
+    paint(ours["one"], **TEXT, num_inference_steps=1, cross_attention_kwargs={"scale": 0.5})
+    assert "of which this network has none" in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_network_paints_the_same(ours: dict[str, Any]) -> None:
@@ -136,10 +145,8 @@ def test_watching_ends_where_the_call_ends(ours: dict[str, Any], stage: str) -> 
     task: Task = pipe.task(**arguments, num_inference_steps=3, generator=seeded())
     moves = list(pipe.watch(task))
     assert [move.step for move in moves] == list(task.steps)
-    called = pipe(
-        **arguments, num_inference_steps=3, generator=seeded(), output_type="latent" if stage == "three" else "pt"
-    )
-    assert torch.equal(moves[-1].x_BCHW, called.images)
+    called = paint(pipe, **arguments, output_type="latent" if stage == "three" else "pt")
+    assert torch.equal(moves[-1].x_BCHW, called)
     if stage != "three":  # the last step of IF goes all the way to its clean picture
         torch.testing.assert_close(moves[-1].clean_BCHW, moves[-1].x_BCHW, atol=1e-6, rtol=0)
 

@@ -22,21 +22,20 @@ def options(prompts: int = 1, each: int = 1) -> Options:
     return Options(prompt=["a"] * prompts, num_images_per_prompt=each, num_inference_steps=1, guidance_scale=1.0)
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        Image.fromarray(PIXELS),
-        PIXELS,
-        UNIT,
-        UNIT[None],
-        [UNIT],
-        SIGNED,
-        SIGNED[None],
-        [SIGNED],
-        [Image.fromarray(PIXELS)],
-    ],
-    ids=["pil", "bytes", "array", "batch of arrays", "list of arrays", "CHW", "BCHW", "list of CHW", "list of pil"],
-)
+KINDS: dict[str, Any] = {
+    "pil": Image.fromarray(PIXELS),
+    "list of pil": [Image.fromarray(PIXELS)],
+    "bytes": PIXELS,
+    "array": UNIT,
+    "batch of arrays": UNIT[None],
+    "list of arrays": [UNIT],
+    "tensor": SIGNED,
+    "batch of tensors": SIGNED[None],
+    "list of tensors": [SIGNED],
+}
+
+
+@pytest.mark.parametrize("image", KINDS.values(), ids=KINDS)
 def test_every_kind_of_picture_is_the_same_pixels(image: Any) -> None:
     torch.testing.assert_close(pictures(image, options()), SIGNED[None], atol=1e-6, rtol=0)
 

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Generator, Tensor
 
+from floyd.diffusion.engine import Moved
 from floyd.errors import ConfigError
 from floyd.pipelines.base import DiffusionPipeline
 from floyd.pipelines.deepfloyd_if import IFPipeline, IFSuperResolutionPipeline
 from floyd.pipelines.events import CascadeResult, Done, Event, StageDone, StageStarted, StepDone
 from floyd.pipelines.options import Options, check_noise_level, positive, with_defaults
-from floyd.pipelines.painter import Moved, Painter
+from floyd.pipelines.painter import Painter
 from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
 from floyd.store.presets import STAGES, is_cascade, read_presets, stage_folders, write_presets
 

@@ -6,16 +6,17 @@ B images  C channels  H height  W width  L text tokens  D text width  K all bran
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from itertools import count
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from floyd.diffusion.canvas import Canvas
 from floyd.diffusion.conditioning import Conditioning, low_res_condition
-from floyd.diffusion.engine import STOP, OnStep, denoise
+from floyd.diffusion.engine import STOP, Moved, OnStep, denoise, moves
 from floyd.diffusion.guidance import Guidance, Network, Predict
 from floyd.diffusion.noise import Noise
 from floyd.diffusion.samplers import Sampler
@@ -24,6 +25,7 @@ from floyd.diffusion.timesteps import Step, steps_of
 from floyd.pipelines.base import DiffusionPipeline
 from floyd.pipelines.finish import Finished, Judge
 from floyd.pipelines.options import Options, StageOptions, dtype_of, with_defaults
+from floyd.store.layout import uncompiled
 from floyd.text.prompts import PromptPair
 
 log = logging.getLogger(__name__)
@@ -51,14 +53,6 @@ class Task:
     start_BCHW: Tensor | None = None  # instead of a draw
 
 
-class Moved(NamedTuple):
-    """After a step: where x is, and the clean picture it is heading for."""
-
-    step: Step
-    x_BCHW: Tensor
-    clean_BCHW: Tensor
-
-
 @dataclass(frozen=True, eq=False)
 class Chain:
     """Everything that `denoise` is handed."""
@@ -73,17 +67,9 @@ class Chain:
     def run(self, on_step: OnStep | None = None) -> Tensor:
         return denoise(self.x_BCHW, self.predict, self.sampler, self.steps, self.canvas, self.noise, on_step)
 
-    def moves(self) -> Generator[Moved]:
+    def moves(self) -> Iterator[Moved]:
         """The same, one step at a time, for whoever wants to watch or to stop."""
-        x_BCHW = self.x_BCHW
-        for step in self.steps:
-            seen: list[Moved] = []
-
-            def keep(*move: Any, seen: list[Moved] = seen) -> None:
-                seen.append(Moved(*move))
-
-            x_BCHW = denoise(x_BCHW, self.predict, self.sampler, (step,), self.canvas, self.noise, keep)
-            yield seen[0]
+        return moves(self.x_BCHW, self.predict, self.sampler, self.steps, self.canvas, self.noise)
 
 
 class Painter(DiffusionPipeline):
@@ -167,10 +153,10 @@ class Painter(DiffusionPipeline):
     def steps_for(self, options: Options, strength: float = 1.0) -> tuple[Sampler, tuple[Step, ...]]:
         """A sampler for this call, and the moves it will make."""
         if options.timesteps is not None:
-            table, count = self.scheduler.timesteps_for(timesteps=options.timesteps), None
+            table, num_steps = self.scheduler.timesteps_for(timesteps=options.timesteps), None
         else:
-            table, count = self.scheduler.timesteps_for(options.num_inference_steps), options.num_inference_steps
-        return self.scheduler.sampler(count, eta=options.eta), steps_of(table, strength)
+            table, num_steps = self.scheduler.timesteps_for(options.num_inference_steps), options.num_inference_steps
+        return self.scheduler.sampler(num_steps, eta=options.eta), steps_of(table, strength)
 
     @property
     def noise_levels(self) -> int:
@@ -196,13 +182,16 @@ def network(unet: Any, told: Conditioning, attention: Mapping[str, Any] | None =
     dtype = dtype_of(unet, told.text_BLD.dtype)
     text_BLD, level_B = told.text_BLD.to(dtype), told.noise_level_B
 
-    if _reads(unet):
-        if (attention or {}).get("scale", 1) != 1:
-            log.warning("cross_attention_kwargs['scale'] is the weight of LoRA, of which this network has none.")
+    is_ours = hasattr(type(uncompiled(unet)), "read")
+    if is_ours and (attention or {}).get("scale", 1) != 1:
+        log.warning("cross_attention_kwargs['scale'] is the weight of LoRA, of which this network has none.")
+    if is_ours and not _is_compiled(unet):
         context = unet.read(text_BLD, level_B)
         return lambda x_KCHW, t, joined: unet.step(joined.takes(x_KCHW).to(dtype), _time(t, x_KCHW), context)
 
-    extra = {**({} if level_B is None else {"class_labels": level_B}), **_passed_on(attention)}
+    extra: dict[str, Any] = {} if level_B is None else {"class_labels": level_B}
+    if attention and not is_ours:
+        extra["cross_attention_kwargs"] = dict(attention)
 
     def call(x_KCHW: Tensor, t: int, joined: Conditioning) -> Tensor:
         sample = joined.takes(x_KCHW).to(dtype)
@@ -212,14 +201,9 @@ def network(unet: Any, told: Conditioning, attention: Mapping[str, Any] | None =
     return call
 
 
-def _reads(unet: Any) -> bool:
-    """Whether the text can be read apart. A compiled network must be called as it was compiled: whole."""
-    is_compiled = getattr(unet, "_compiled_call_impl", None) is not None
-    return hasattr(type(unet), "read") and hasattr(type(unet), "step") and not is_compiled
-
-
-def _passed_on(attention: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {"cross_attention_kwargs": dict(attention)} if attention else {}
+def _is_compiled(unet: Any) -> bool:
+    """A compiled network must be called as it was compiled, whole; its methods would run the slow original."""
+    return uncompiled(unet) is not unet or getattr(unet, "_compiled_call_impl", None) is not None
 
 
 def _time(t: int, like: Tensor) -> Tensor:
@@ -228,11 +212,11 @@ def _time(t: int, like: Tensor) -> Tensor:
 
 def _reporter(options: Options, tick: Callable[[], Any]) -> OnStep:
     """The callback of the incumbent's signature, (i, t, x); returning STOP ends the chain."""
-    count = iter(range(1_000_000))
+    places = count()
 
     def on_step(step: Step, x_BCHW: Tensor, clean_BCHW: Tensor) -> Any:
         tick()
-        i = next(count)
+        i = next(places)
         if options.callback is not None and i % options.callback_steps == 0:
             verdict = options.callback(i, step.t, x_BCHW)
             return STOP if verdict is STOP else None

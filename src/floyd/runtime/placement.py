@@ -74,7 +74,7 @@ class LayerByLayer:
                     handles.append(layer.register_forward_pre_hook(self._bring))
                     handles.append(layer.register_forward_hook(_taking(home), always_call=True))
                 else:  # weights of its own are read by methods that no hook sees
-                    _move_own(layer, self.device)
+                    layer._apply(self._here, recurse=False)
             yield module
         finally:
             for handle in handles:
@@ -101,14 +101,6 @@ def _taking(home: torch.device) -> Any:
         layer.to(home)
 
     return take
-
-
-def _move_own(layer: nn.Module, device: torch.device) -> None:
-    """The parameters and buffers of this module, but not those of its children."""
-    for parameter in layer.parameters(recurse=False):
-        parameter.data = parameter.data.to(device)
-    for name, buffer in layer.named_buffers(recurse=False):
-        setattr(layer, name, buffer.to(device))
 
 
 def device_of(module: object) -> torch.device:

@@ -1,5 +1,7 @@
-"""Muon: the momentum of a matrix, made orthogonal, as its update (K. Jordan et al., 2024, "Muon: an optimizer for hidden
-layers"), at the scale of AdamW's updates (Moonlight, arXiv:2502.16982, section 2.2).
+"""Muon: the momentum of a matrix, made orthogonal, as its update.
+
+K. Jordan et al., 2024, "Muon: an optimizer for hidden layers in neural networks"; at the scale of AdamW's updates
+(Moonlight, arXiv:2502.16982, section 2.2).
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         loss = None if closure is None else closure()
         for group in self.param_groups:
             for p in group["params"]:

@@ -50,6 +50,9 @@ SCHEDULER: dict[str, Any] = {
     "dynamic_thresholding_ratio": 0.95,
     "sample_max_value": 1.5,
 }
+# Of the noise's error at the noisy end. Where a thing goes is settled at a log SNR of -7 to -5, for 64 px: less weight
+# there, and captions' places are ignored.
+MOST_WEIGHT = 1000.0
 LOOP = LoopConfig(
     phases=(
         Phase(num_steps=3400, batch_size=32, size=32, rate=1e-3, last_rate=1e-3),
@@ -75,7 +78,8 @@ Embed = Callable[[list[str]], Tensor]  # captions -> [B, 77, E]
 def denoising_loss(embed: Embed) -> Any:
     """The hybrid loss of stage I for `Trainer`."""
     schedule = NoiseSchedule.cosine()
-    weight_T, density_T = snr_weights(schedule), layout_density(schedule)
+    weight_T = snr_weights(schedule, most=MOST_WEIGHT)
+    density_T = layout_density(schedule, low=-9.0, high=-2.0, share=0.75)
 
     def loss_of(model: nn.Module, phase: Phase, step: int, generator: torch.Generator) -> Losses:
         device = device_of(model)

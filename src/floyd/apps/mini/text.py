@@ -143,7 +143,7 @@ def _token_loss(model: Reader, text_BLE: Tensor, scenes: Scenes) -> Tensor:
     for head, target in zip(model.token_heads.values(), (first, second), strict=True):
         logits_NX = head(text_BLE).flatten(0, 1)
         target_N = torch.tensor(target, device=text_BLE.device).repeat_interleave(text_BLE.shape[1])
-        losses.append(F.cross_entropy(logits_NX, target_N, ignore_index=IGNORED))
+        losses.append(_cross_entropy(logits_NX, target_N))
     return torch.stack(losses).sum()
 
 
@@ -158,7 +158,14 @@ def _mean_loss(model: Reader, text_BLE: Tensor, scenes: Scenes) -> Tensor:
             targets[f"color_{i}"].append(THING_COLORS.index(things[i].color) if i < len(things) else IGNORED)
     mean_BE = text_BLE.mean(1)
     losses = [
-        F.cross_entropy(head(mean_BE), torch.tensor(targets[name], device=mean_BE.device), ignore_index=IGNORED)
+        _cross_entropy(head(mean_BE), torch.tensor(targets[name], device=mean_BE.device))
         for name, head in model.mean_heads.items()
     ]
     return torch.stack(losses).mean()
+
+
+def _cross_entropy(logits_NX: Tensor, target_N: Tensor) -> Tensor:
+    """Nothing, rather than not a number, where the whole batch is silent about it."""
+    if bool((target_N == IGNORED).all()):
+        return logits_NX.sum() * 0
+    return F.cross_entropy(logits_NX, target_N, ignore_index=IGNORED)
