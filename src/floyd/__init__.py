@@ -15,10 +15,19 @@ if TYPE_CHECKING:  # what `_HOMES` says, for editors and type checkers
     from floyd.models.watermark import IFWatermarker
     from floyd.pipelines.base import DiffusionPipeline
     from floyd.pipelines.cascade import Cascade
-    from floyd.pipelines.deepfloyd_if import IFPipeline, IFSuperResolutionPipeline
+    from floyd.pipelines.deepfloyd_if import (
+        IFImg2ImgPipeline,
+        IFImg2ImgSuperResolutionPipeline,
+        IFInpaintingPipeline,
+        IFInpaintingSuperResolutionPipeline,
+        IFPipeline,
+        IFSuperResolutionPipeline,
+    )
     from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
     from floyd.schedulers.ddim import DDIMScheduler
     from floyd.schedulers.ddpm import DDPMScheduler
+    from floyd.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+    from floyd.schedulers.multistep import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 __version__ = "0.1.0"
 
@@ -27,13 +36,22 @@ __all__ = [
     "Cascade",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
     "DiffusionPipeline",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "IFImg2ImgPipeline",
+    "IFImg2ImgSuperResolutionPipeline",
+    "IFInpaintingPipeline",
+    "IFInpaintingSuperResolutionPipeline",
     "IFPipeline",
     "IFSafetyChecker",
     "IFSuperResolutionPipeline",
     "IFWatermarker",
     "StableDiffusionUpscalePipeline",
     "UNet2DConditionModel",
+    "UniPCMultistepScheduler",
     "__version__",
 ]
 
@@ -42,13 +60,22 @@ _HOMES = {
     "Cascade": "floyd.pipelines.cascade",
     "DDIMScheduler": "floyd.schedulers.ddim",
     "DDPMScheduler": "floyd.schedulers.ddpm",
+    "DPMSolverMultistepScheduler": "floyd.schedulers.multistep",
     "DiffusionPipeline": "floyd.pipelines.base",
+    "EulerAncestralDiscreteScheduler": "floyd.schedulers.euler",
+    "EulerDiscreteScheduler": "floyd.schedulers.euler",
+    "HeunDiscreteScheduler": "floyd.schedulers.euler",
+    "IFImg2ImgPipeline": "floyd.pipelines.deepfloyd_if",
+    "IFImg2ImgSuperResolutionPipeline": "floyd.pipelines.deepfloyd_if",
+    "IFInpaintingPipeline": "floyd.pipelines.deepfloyd_if",
+    "IFInpaintingSuperResolutionPipeline": "floyd.pipelines.deepfloyd_if",
     "IFPipeline": "floyd.pipelines.deepfloyd_if",
     "IFSafetyChecker": "floyd.models.safety",
     "IFSuperResolutionPipeline": "floyd.pipelines.deepfloyd_if",
     "IFWatermarker": "floyd.models.watermark",
     "StableDiffusionUpscalePipeline": "floyd.pipelines.upscale",
     "UNet2DConditionModel": "floyd.models.unet",
+    "UniPCMultistepScheduler": "floyd.schedulers.multistep",
 }
 
 

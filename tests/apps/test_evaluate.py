@@ -134,6 +134,11 @@ def test_every_forgotten_thing_is_counted_where_it_belongs() -> None:
     assert result.kept == {}
 
 
+def test_sizes_that_nothing_was_right_enough_for_are_reported_all_the_same() -> None:
+    answers = evaluate(Knower(range(42)), ASKED, sizes=(64, 128))
+    assert report(answers, (64, 128)).kept == {128: Share(0, 0)}
+
+
 def test_larger_pictures_are_made_of_the_right_ones_and_counted() -> None:
     painter = Knower(forgetful=[0, 1], forgetful_at={128: [2, 3, 4], 256: [4, 5]})
     answers = evaluate(painter, ASKED, sizes=(64, 128, 256), batch=16)

@@ -183,6 +183,21 @@ def test_moving_casts_every_network(folders: dict[str, Path]) -> None:
         pipe.to(torch.int8)
 
 
+def test_a_quantized_network_keeps_its_precision_and_place(
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Quantized(torch.nn.Linear):
+        is_quantized = True
+
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            raise ValueError("a quantized network cannot be moved")
+
+    pipe = DiffusionPipeline.from_pretrained(folders["one"], text_encoder=Quantized(1, 1), device_map="cpu")
+    pipe.to("cpu", torch.bfloat16)
+    assert "text_encoder is quantized" in caplog.text
+    assert (pipe.text_encoder.weight.dtype, pipe.unet.dtype) == (torch.float32, torch.bfloat16)
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 def test_offloading_without_an_accelerator_is_a_note_and_nothing_else(
     ours: dict[str, Any], caplog: pytest.LogCaptureFixture

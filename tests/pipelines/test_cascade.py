@@ -63,6 +63,19 @@ def test_pipelines_folders_are_a_cascade_too(folders: dict[str, Path]) -> None:
     assert cascade.stages["stage_2"].unet.dtype == torch.bfloat16
 
 
+def test_given_components_reach_the_stages_that_use_them(root: Path, ours: dict[str, Any]) -> None:
+    encoder = ours["one"].text_encoder
+    given = {"safety_checker": None, "requires_safety_checker": False, "text_encoder": encoder}
+    cascade = Cascade.from_pretrained(root, **given)
+    stages = list(cascade.stages.values())
+    assert [stage.safety_checker for stage in stages] == [None, None, None]
+    assert stages[0].text_encoder is encoder
+    assert stages[1].text_encoder is None
+    assert type(stages[2].text_encoder).__name__ == "CLIPTextModel"
+    with pytest.raises(TypeError, match="unet belongs to a single stage"):
+        Cascade.from_pretrained(root, unet=None)
+
+
 def test_every_step_is_told_in_order(cascade: Cascade) -> None:
     events = list(cascade.run(PROMPT))
     kinds = [(type(event), getattr(event, "stage", None)) for event in events]

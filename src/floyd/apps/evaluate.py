@@ -246,15 +246,15 @@ def _is_same(one: Seen, other: Seen) -> bool:
     return (one.shape, one.color) == (other.shape, other.color) and all(abs(move) <= MOST_MOVED for move in moves)
 
 
-def report(answers: Sequence[Answer]) -> Report:
-    """The answers, counted."""
+def report(answers: Sequence[Answer], sizes: Sequence[int] = ()) -> Report:
+    """The answers, counted. `sizes`: what was asked for, though perhaps nothing was right enough to be enlarged."""
     splits = {
         split: _score([answer for answer in answers if answer.asked.split == split])
         for split in SPLITS
         if any(answer.asked.split == split for answer in answers)
     }
-    sizes = sorted({size for answer in answers for size in answer.kept})
-    kept = {size: Share.among([a.kept[size] for a in answers if size in a.kept]) for size in sizes}
+    larger = sorted({*sizes[1:], *(size for answer in answers for size in answer.kept)})
+    kept = {size: Share.among([a.kept[size] for a in answers if size in a.kept]) for size in larger}
     return Report(_score(answers), splits, kept)
 
 

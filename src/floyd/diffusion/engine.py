@@ -15,7 +15,7 @@ from torch import Tensor
 from floyd.diffusion.canvas import Canvas
 from floyd.diffusion.guidance import Predict
 from floyd.diffusion.noise import Noise
-from floyd.diffusion.samplers import Sampler
+from floyd.diffusion.samplers import Move, Prediction, Remembering, Sampler
 from floyd.diffusion.schedule import at_least_float32
 from floyd.diffusion.timesteps import Step
 
@@ -46,7 +46,7 @@ def moves(
     """From noise to a picture step by step, in float32, for whoever wants to watch."""
     x_BCHW = at_least_float32(x_BCHW)
     for step in steps:
-        x_BCHW, clean_BCHW = sampler.step(x_BCHW, predict(x_BCHW, step.t), step, noise)
+        (x_BCHW, clean_BCHW), sampler = _advanced(sampler, x_BCHW, predict(x_BCHW, step.t), step, noise)
         x_BCHW = canvas.keep(x_BCHW)
         yield Moved(step, x_BCHW, canvas.keep(clean_BCHW))
 
@@ -66,6 +66,13 @@ def denoise(
         if on_step is not None and _stops(on_step(*moved)):
             return moved.clean_BCHW
     return at_least_float32(x_BCHW)
+
+
+def _advanced(sampler: Sampler, x_BCHW: Tensor, pred: Prediction, step: Step, noise: Noise) -> tuple[Move, Sampler]:
+    """The move, and the sampler of the next one: itself, unless it remembers."""
+    if isinstance(sampler, Remembering):
+        return sampler.advance(x_BCHW, pred, step, noise)
+    return sampler.step(x_BCHW, pred, step, noise), sampler
 
 
 def _stops(verdict: object) -> bool:

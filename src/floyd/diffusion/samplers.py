@@ -8,8 +8,9 @@ B images   C channels   H height   W width
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, Self, get_args
 
 import torch
 from torch import Tensor
@@ -44,6 +45,21 @@ class Sampler(Protocol):
     def step(self, x_BCHW: Tensor, pred: Prediction, step: Step, noise: Noise) -> Move: ...
 
 
+class Remembering(ABC):
+    """A sampler whose move depends on the moves before it.
+
+    Frozen like the others: a move hands back the sampler to go on with, so that chains may share the one they begin
+    with, run after one another or in turns.
+    """
+
+    @abstractmethod
+    def advance(self, x_BCHW: Tensor, pred: Prediction, step: Step, noise: Noise) -> tuple[Move, Self]:
+        """The move, and the sampler that remembers it."""
+
+    def step(self, x_BCHW: Tensor, pred: Prediction, step: Step, noise: Noise) -> Move:
+        return self.advance(x_BCHW, pred, step, noise)[0]
+
+
 @dataclass(frozen=True, eq=False)
 class Ancestral:
     """DDPM sampling (arXiv:2006.11239), with the learned variance of arXiv:2102.09672.
@@ -58,8 +74,8 @@ class Ancestral:
     limit: Limit | None = field(default_factory=Clip)
 
     def __post_init__(self) -> None:
-        _one_of("prediction", self.prediction, get_args(Target))
-        _one_of("variance", self.variance, get_args(Variance))
+        one_of("prediction", self.prediction, get_args(Target))
+        one_of("variance", self.variance, get_args(Variance))
 
     def step(self, x_BCHW: Tensor, pred: Prediction, step: Step, noise: Noise) -> Move:
         x_BCHW = at_least_float32(x_BCHW)
@@ -67,7 +83,7 @@ class Ancestral:
         alpha = abar / abar_prev
         beta = 1 - alpha
 
-        clean_BCHW = _limited(clean_of(self.prediction, x_BCHW, at_least_float32(pred.target_BCHW), abar), self.limit)
+        clean_BCHW = limited(clean_of(self.prediction, x_BCHW, at_least_float32(pred.target_BCHW), abar), self.limit)
         clean_weight = (abar_prev**0.5 * beta) / (1 - abar)  # DDPM, eq. 7
         x_weight = alpha**0.5 * (1 - abar_prev) / (1 - abar)
         mean_BCHW = clean_weight * clean_BCHW + x_weight * x_BCHW
@@ -116,7 +132,7 @@ class Implicit:
     ends_clean: bool = True  # False: the last step ends at the first training timestep's noise level
 
     def __post_init__(self) -> None:
-        _one_of("prediction", self.prediction, get_args(Target))
+        one_of("prediction", self.prediction, get_args(Target))
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {self.eta}.")
         if self.stride is not None and self.stride < 1:
@@ -130,7 +146,7 @@ class Implicit:
 
         clean_BCHW = clean_of(self.prediction, x_BCHW, target_BCHW, abar)
         noise_BCHW = noise_of(self.prediction, x_BCHW, target_BCHW, abar)
-        clean_BCHW = _limited(clean_BCHW, self.limit)
+        clean_BCHW = limited(clean_BCHW, self.limit)
 
         is_noisy = self.eta > 0 and not (self.stride is None and step.is_last)
         variance = ((1 - abar_prev) / (1 - abar)) * (1 - abar / abar_prev)  # eq. 16
@@ -163,10 +179,10 @@ def noise_of(prediction: Target, x_BCHW: Tensor, target_BCHW: Tensor, abar: Tens
             return (x_BCHW - abar**0.5 * target_BCHW) / (1 - abar) ** 0.5
 
 
-def _limited(clean_BCHW: Tensor, limit: Limit | None) -> Tensor:
+def limited(clean_BCHW: Tensor, limit: Limit | None) -> Tensor:
     return clean_BCHW if limit is None else limit(clean_BCHW)
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")

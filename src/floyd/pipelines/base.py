@@ -21,6 +21,7 @@ from floyd.runtime.placement import (
     WhereTheyAre,
     accelerator,
     best_device,
+    device_of,
 )
 from floyd.store.components import save_component
 from floyd.store.config import Config
@@ -161,9 +162,8 @@ class DiffusionPipeline:
         if device is not None:
             self._place(WhereTheyAre())
         for name, module in self._modules():
-            if dtype is not None and getattr(module, "is_quantized", False):
-                log.warning("%s is quantized: it keeps its precision.", name)
-                module.to(device=device)
+            if getattr(module, "is_quantized", False):
+                _move_quantized(name, module, device, dtype)
             else:
                 module.to(device=device, dtype=dtype)
         return self
@@ -226,6 +226,14 @@ class DiffusionPipeline:
     def __repr__(self) -> str:
         rows = [f"  {name}: {type(component).__name__}," for name, component in self.components.items()]
         return "\n".join([f"{type(self).__name__}(", *rows, ")"])
+
+
+def _move_quantized(name: str, module: nn.Module, device: Any, dtype: torch.dtype | None) -> None:
+    """A quantized network keeps its precision, and most of them refuse even to be moved where they already are."""
+    if dtype is not None:
+        log.warning("%s is quantized: it keeps its precision.", name)
+    if device is not None and torch.device(device).type != device_of(module).type:
+        module.to(device=device)
 
 
 def pipeline_class(class_name: str) -> type[DiffusionPipeline]:

@@ -92,8 +92,9 @@ class Cascade:
     ) -> Self:
         """From a folder that holds stages and perhaps `floyd.json`, or from one to three pipelines' folders or hub ids.
 
-        `options` are those of `DiffusionPipeline.from_pretrained`: torch_dtype, variant, device_map, token, ...
-        Stage II gets no text encoder of its own, and all stages share the safety checker and the watermark of stage I.
+        `options` are those of `DiffusionPipeline.from_pretrained`: torch_dtype, variant, device_map, token, ... A given
+        text encoder is stage I's; stage II gets none of its own. The safety checker and the watermark of stage I, or
+        the given ones, serve all stages.
         """
         if not 1 <= len(models) <= len(STAGES):
             raise ValueError(f"Name one folder of stages or one to {len(STAGES)} pipelines, got {len(models)}.")
@@ -101,14 +102,18 @@ class Cascade:
         if len(models) == 1 and is_cascade(models[0]):
             stored = read_presets(models[0])
             models = tuple(stage_folders(models[0]).values())
+        if own := sorted(set(options) & _OWN):
+            raise TypeError(f"{', '.join(own)} belongs to a single stage: build the stages, and then Cascade(*stages).")
         first = IFPipeline.from_pretrained(models[0], **options)
-        shared = {n: c for n, c in first.components.items() if n in _SHARED and c is not None}
+        shared = {n: c for n, c in first.components.items() if n in _SHARED and (c is not None or n in options)}
+        general = {name: option for name, option in options.items() if name not in IFPipeline.component_names}
         stages: list[Painter] = [first]
         if len(models) > 1:
-            without = {"text_encoder": None, "tokenizer": None}
-            stages.append(IFSuperResolutionPipeline.from_pretrained(models[1], **{**shared, **without, **options}))
+            without: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
+            stages.append(IFSuperResolutionPipeline.from_pretrained(models[1], **shared, **without, **general))
         if len(models) > 2:
-            stages.append(DiffusionPipeline.from_pretrained(models[2], **{**shared, **options}))  # type: ignore[arg-type]
+            general.pop("requires_safety_checker", None)
+            stages.append(DiffusionPipeline.from_pretrained(models[2], **shared, **general))  # type: ignore[arg-type]
         cascade = cls(*stages, presets=stored if presets is None else presets)
 
         def load_text_encoder() -> Any:
@@ -328,6 +333,7 @@ class Cascade:
         return {"prompt_embeds": positive_BLE, "negative_prompt_embeds": negative_BLE}
 
 
+_OWN = frozenset({"unet", "scheduler", "image_noising_scheduler", "low_res_scheduler", "vae", "max_noise_level"})
 _SHARED = ("safety_checker", "feature_extractor", "watermarker")
 # Arguments of the stages that are not a caller's to set in `options` or a checkpoint's to set in its presets.
 _OURS = frozenset(

@@ -21,7 +21,7 @@ from floyd.diffusion.guidance import Guidance, Network, Predict
 from floyd.diffusion.noise import Noise
 from floyd.diffusion.samplers import Sampler
 from floyd.diffusion.schedule import NoiseSchedule
-from floyd.diffusion.timesteps import Step, steps_of
+from floyd.diffusion.timesteps import Step
 from floyd.pipelines.base import DiffusionPipeline
 from floyd.pipelines.finish import Finished, Judge
 from floyd.pipelines.options import Options, StageOptions, dtype_of, with_defaults
@@ -156,7 +156,7 @@ class Painter(DiffusionPipeline):
             table, num_steps = self.scheduler.timesteps_for(timesteps=options.timesteps), None
         else:
             table, num_steps = self.scheduler.timesteps_for(options.num_inference_steps), options.num_inference_steps
-        return self.scheduler.sampler(num_steps, eta=options.eta), steps_of(table, strength)
+        return self.scheduler.sampler(num_steps, eta=options.eta), self.scheduler.steps(table, strength)
 
     @property
     def noise_levels(self) -> int:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from floyd.diffusion.limits import Clip, DynamicThreshold, Limit
 from floyd.diffusion.samplers import Sampler
 from floyd.diffusion.schedule import NoiseSchedule
-from floyd.diffusion.timesteps import checked, respaced, spaced
+from floyd.diffusion.timesteps import Step, checked, respaced, spaced, steps_of
 from floyd.errors import ConfigError
 from floyd.store.config import Config
 from floyd.store.pretrained import Configured
@@ -34,23 +34,17 @@ _NUMBERS: dict[str, tuple[tuple[type, ...], Callable[[float], bool], str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SchedulerConfig(Config):
-    """The keys of `scheduler_config.json` that every scheduler of ours knows."""
+class TrainingConfig(Config):
+    """The keys of `scheduler_config.json` that every scheduler of ours knows; the others are checked where present."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: str = "linear"
     trained_betas: tuple[float, ...] | None = None
-    clip_sample: bool = True
-    clip_sample_range: float = 1.0
     prediction_type: str = "epsilon"
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
     timestep_spacing: str = "leading"
     steps_offset: int = 0
-    rescale_betas_zero_snr: bool = False
 
     def __post_init__(self) -> None:
         if self.trained_betas is not None:
@@ -59,10 +53,12 @@ class SchedulerConfig(Config):
         self._one_of("prediction_type", PREDICTION_TYPES)
         self._one_of("timestep_spacing", TIMESTEP_SPACINGS)
         for key, (kind, is_allowed, words) in _NUMBERS.items():
+            if key not in self:
+                continue
             if type(self[key]) not in kind or not is_allowed(self[key]):
                 raise ConfigError(f"{key} must be {words}, got {self[key]!r}.")
         for key in _FLAGS:
-            if type(self[key]) is not bool:
+            if key in self and type(self[key]) is not bool:
                 raise ConfigError(f"{key} must be true or false, got {self[key]!r}.")
         self._check_trained_betas()
 
@@ -83,6 +79,18 @@ class SchedulerConfig(Config):
             raise ConfigError(f"trained_betas must lie in [0, 1], got {min(betas)} to {max(betas)}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig(TrainingConfig):
+    """What DDPM and DDIM know besides."""
+
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    rescale_betas_zero_snr: bool = False
+
+
 class Scheduler(Configured):
     """A component of a pipeline: how its model was noised, and how to sample from it.
 
@@ -91,11 +99,24 @@ class Scheduler(Configured):
     """
 
     config_name: ClassVar[str] = "scheduler_config.json"
-    config: Any  # each scheduler's own SchedulerConfig
+    config: Any  # each scheduler's own TrainingConfig
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__(**keywords)
         self.schedule = _schedule(self.config)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
+        """Build from a configuration file's content, or from the `.config` of another scheduler.
+
+        What says how the model was trained carries over, and so do keys that are not ours. Only a spacing that is the
+        other scheduler's default gives way to the default of this one: nobody chose it.
+        """
+        if isinstance(config, Config) and not isinstance(config, cls.config_class):
+            defaults = {f.name: f.default for f in fields(config)}
+            if config.get("timestep_spacing") == defaults.get("timestep_spacing"):
+                config = {key: value for key, value in config.items() if key != "timestep_spacing"}
+        return super().from_config(config, **overrides)
 
     def timesteps_for(
         self, num_inference_steps: int | None = None, *, timesteps: Iterable[int] | str | None = None
@@ -112,11 +133,16 @@ class Scheduler(Configured):
         if timesteps is not None:
             return checked(timesteps, num_train)
         assert num_inference_steps is not None
+        return self._spaced(num_inference_steps)
+
+    def steps(self, timesteps: Iterable[int], strength: float = 1.0) -> tuple[Step, ...]:
+        """The moves along a table; `strength` < 1 skips the noisiest ones."""
+        return steps_of(timesteps, strength)
+
+    def _spaced(self, count: int) -> tuple[int, ...]:
+        config = self.config
         return spaced(
-            num_inference_steps,
-            num_train,
-            spacing=self.config.timestep_spacing,
-            steps_offset=self.config.steps_offset,
+            count, config.num_train_timesteps, spacing=config.timestep_spacing, steps_offset=config.steps_offset
         )
 
     def sampler(self, num_inference_steps: int | None = None, *, eta: float = 0.0) -> Sampler:
@@ -129,13 +155,19 @@ class Scheduler(Configured):
 
     @property
     def limit(self) -> Limit | None:
-        """How the predicted clean picture is kept in range; thresholding replaces clipping."""
-        if self.config.thresholding:
-            return DynamicThreshold(self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
-        return Clip(self.config.clip_sample_range) if self.config.clip_sample else None
+        """How the predicted clean picture is kept in range; thresholding replaces clipping.
+
+        It belongs to the model: schedulers that have no such key of their own heed one that was carried over.
+        """
+        config = self.config
+        if config.get("thresholding", False):
+            return DynamicThreshold(
+                config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0)
+            )
+        return Clip(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", False) else None
 
 
-def _schedule(config: SchedulerConfig) -> NoiseSchedule:
+def _schedule(config: TrainingConfig) -> NoiseSchedule:
     if config.trained_betas is not None:
         schedule = NoiseSchedule.of_betas(config.trained_betas)
     elif config.beta_schedule == "squaredcos_cap_v2":
@@ -147,4 +179,4 @@ def _schedule(config: SchedulerConfig) -> NoiseSchedule:
             "sigmoid": NoiseSchedule.sigmoid,
         }
         schedule = rules[config.beta_schedule](config.num_train_timesteps, config.beta_start, config.beta_end)
-    return schedule.with_zero_terminal_snr() if config.rescale_betas_zero_snr else schedule
+    return schedule.with_zero_terminal_snr() if config.get("rescale_betas_zero_snr", False) else schedule

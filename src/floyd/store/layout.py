@@ -44,6 +44,11 @@ CLASSES: dict[ComponentType, _Class] = {
             "AutoencoderKL": _Class(("floyd.models.vae:AutoencoderKL",), has_weights=True),
             "DDPMScheduler": _Class(("floyd.schedulers:DDPMScheduler",)),
             "DDIMScheduler": _Class(("floyd.schedulers:DDIMScheduler",)),
+            "DPMSolverMultistepScheduler": _Class(("floyd.schedulers:DPMSolverMultistepScheduler",)),
+            "EulerAncestralDiscreteScheduler": _Class(("floyd.schedulers:EulerAncestralDiscreteScheduler",)),
+            "EulerDiscreteScheduler": _Class(("floyd.schedulers:EulerDiscreteScheduler",)),
+            "HeunDiscreteScheduler": _Class(("floyd.schedulers:HeunDiscreteScheduler",)),
+            "UniPCMultistepScheduler": _Class(("floyd.schedulers:UniPCMultistepScheduler",)),
         },
         "deepfloyd_if": {
             "IFSafetyChecker": _Class(("floyd.models.safety:IFSafetyChecker",), has_weights=True),

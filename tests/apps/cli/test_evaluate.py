@@ -94,13 +94,16 @@ def test_a_cascade_is_evaluated(tmp_path: Path, folder: Path) -> None:
         (["--steps", "1,2"], "steps must be one value"),
         (["--json", "/nowhere/at/all.json"], "There is no folder /nowhere/at"),
         (["--pictures", "/nowhere/at/all"], "There is no folder /nowhere/at"),
+        (["--json", "{tmp}"], "is a folder; name a file in it"),
+        (["--pictures", "{tmp}/file.txt"], "is a file; name a folder"),
     ],
 )
 def test_bad_arguments_are_one_line(
-    cascade: Cascade, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+    cascade: Cascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
+    (tmp_path / "file.txt").touch()
     monkeypatch.setattr("floyd.apps.cli.evaluate.load", lambda *args, **options: cascade)
-    result = CliRunner().invoke(app, ["eval", *arguments])
+    result = CliRunner().invoke(app, ["eval", *(argument.format(tmp=tmp_path) for argument in arguments)])
     assert result.exit_code == 2, result.exception
     assert message in result.stderr
     assert result.stderr.count("\n") == 1

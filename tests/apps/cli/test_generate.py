@@ -112,6 +112,12 @@ def test_a_batch_paints_the_same_pictures_at_once(generate: Callable[..., Result
     assert not np.array_equal(pixels(tmp_path / "one-0.png"), pixels(tmp_path / "one-1.png"))
 
 
+def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(ValueError, match="may not be written to"):
+        Files.checked(tmp_path / "picture.png", 1, None)
+
+
 def test_names_of_many_pictures_sort_as_numbers_do() -> None:
     files = Files(Path("a.b.png"), 11, None)
     assert [files.path(i).name for i in (0, 9, 10)] == ["a.b-00.png", "a.b-09.png", "a.b-10.png"]

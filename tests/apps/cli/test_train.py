@@ -93,8 +93,10 @@ def test_stopping_says_how_far_it_came(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_parts_that_are_missing_are_named_and_nothing_is_put_together(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
     result = train(tmp_path, "--parts", "text")
     assert result.exit_code == 0, result.exception
+    assert signal.getsignal(signal.SIGINT) is before
     assert (
         result.stderr.splitlines()[-1]
         == "floyd: not put together: stage_1, stage_2, vae, stage_3 is yet to be trained."

@@ -73,9 +73,7 @@ def evaluate(
     with refusing():
         settings = Settings.parsed(steps=steps, guidance=guidance)
         wanted = parsed_sizes(sizes)
-        for path in (json_file, pictures):
-            if path is not None and not path.parent.is_dir():
-                raise ValueError(f"There is no folder {path.parent}: make it first, or write elsewhere.")
+        check_paths(json_file, pictures)
         cascade = load(model, dtype=dtype, device=device, threads=threads)
 
         from floyd.apps.evaluate import CascadePainter, check_sizes, prompts, report
@@ -87,7 +85,7 @@ def evaluate(
     with progress(quiet=quiet) as bars:
         bars.start("pictures", len(asked))
         answers = answered(painter, asked, sizes=wanted, batch=batch, on_painted=_Told(bars, wanted[0]))
-    result = report(answers)
+    result = report(answers, wanted)
     if json_file is not None:
         origin = {
             "model": name_of(model), "model_hash": hash_of(model), "prompts": num_prompts, "seed": seed,
@@ -97,6 +95,17 @@ def evaluate(
     if pictures is not None:
         write_sheets(answers, pictures)
     print("\n".join(lines(result)))
+
+
+def check_paths(json_file: Path | None, pictures: Path | None) -> None:
+    """Whatever would go wrong after the work goes wrong before it."""
+    for path in (json_file, pictures):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"There is no folder {path.parent}: make it first, or write elsewhere.")
+    if json_file is not None and json_file.is_dir():
+        raise ValueError(f"--json {json_file} is a folder; name a file in it.")
+    if pictures is not None and pictures.exists() and not pictures.is_dir():
+        raise ValueError(f"--pictures {pictures} is a file; name a folder.")
 
 
 def parsed_sizes(text: str | None) -> tuple[int, ...] | None:

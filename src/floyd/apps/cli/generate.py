@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,6 +199,8 @@ class Files:
             raise ValueError(f"{output} is a folder; name a file in it.")
         if not output.parent.is_dir():
             raise ValueError(f"There is no folder {output.parent}: make it first, or write elsewhere.")
+        if not os.access(output.parent, os.W_OK):
+            raise ValueError(f"The folder {output.parent} may not be written to: write elsewhere.")
         if stages_dir is not None:
             if stages_dir.exists() and not stages_dir.is_dir():
                 raise ValueError(f"--stages-dir {stages_dir} is a file; name a folder.")

@@ -34,16 +34,21 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing unless s
 
 def load(models: Sequence[str] | None, *, dtype: str | None, device: str, threads: int | None) -> Cascade:
     """Takes seconds: torch and transformers are imported here."""
+    from floyd.pipelines.cascade import Cascade
+
+    prepare(threads)
+    options: dict[str, Any] = {"torch_dtype": dtype, "device_map": device_named(device)}
+    return Cascade.from_pretrained(*models, **options) if models else Cascade.built_in(**options)
+
+
+def prepare(threads: int | None) -> None:
+    """What holds for the whole process."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from floyd.pipelines.cascade import Cascade
-
-    disable_progress_bar()  # of transformers' loading, which takes no time worth a bar
+    disable_progress_bar()  # of transformers' loading and saving, which would stand amid our own
     if threads is not None:
         torch.set_num_threads(threads)
-    options: dict[str, Any] = {"torch_dtype": dtype, "device_map": device_named(device)}
-    return Cascade.from_pretrained(*models, **options) if models else Cascade.built_in(**options)
 
 
 def device_named(name: str) -> torch.device:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from floyd.apps.cli.models import Quiet, Threads, device_named
+from floyd.apps.cli.models import Quiet, Threads, device_named, prepare
 from floyd.apps.cli.progress import Bars, progress
 from floyd.apps.cli.refusals import refusing, say
 
@@ -51,13 +51,10 @@ def train_mini(
     with refusing():
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out} is a file; name a folder.")
-        import torch
-
         from floyd.apps.mini.recipe import PARTS, Recipe
         from floyd.apps.mini.recipe import assemble as put_together
 
-        if threads is not None:
-            torch.set_num_threads(threads)
+        prepare(threads)
         recipe = Recipe(out, str(device_named(device)), scale)
         chosen = PARTS if parts is None else tuple(part.strip() for part in parts.split(","))
         if assemble and (missing := [p for p in PARTS if p not in chosen and not recipe.is_finished(p)]):

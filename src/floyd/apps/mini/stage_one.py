@@ -52,12 +52,12 @@ SCHEDULER: dict[str, Any] = {
 }
 # Of the noise's error at the noisy end. Where a thing goes is settled at a log SNR of -7 to -5, for 64 px: less weight
 # there, and captions' places are ignored.
-MOST_WEIGHT = 1000.0
+MOST_WEIGHT = 200.0
 LOOP = LoopConfig(
     phases=(
         Phase(num_steps=3400, batch_size=32, size=32, rate=1e-3, last_rate=1e-3),
-        Phase(num_steps=2100, batch_size=20, size=64, rate=1e-3, last_rate=1e-3),
-        Phase(num_steps=700, batch_size=20, size=64, rate=1e-3, last_rate=1e-5),
+        Phase(num_steps=2100, batch_size=20, size=64, rate=8e-4, last_rate=8e-4),
+        Phase(num_steps=380, batch_size=20, size=64, rate=8e-4, last_rate=1e-5),
     ),
     optimizer="muon",
     weight_decay=0.01,
@@ -79,7 +79,7 @@ def denoising_loss(embed: Embed) -> Any:
     """The hybrid loss of stage I for `Trainer`."""
     schedule = NoiseSchedule.cosine()
     weight_T = snr_weights(schedule, most=MOST_WEIGHT)
-    density_T = layout_density(schedule, low=-9.0, high=-2.0, share=0.75)
+    density_T = layout_density(schedule, low=-7.0, high=0.0, share=0.7)
 
     def loss_of(model: nn.Module, phase: Phase, step: int, generator: torch.Generator) -> Losses:
         device = device_of(model)

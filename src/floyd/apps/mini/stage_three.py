@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from floyd.apps.mini.data import Crop, crops_of, scenes_at, texts_of
-from floyd.apps.mini.stage_two import windows, worn
+from floyd.apps.mini.stage_two import offset_noise, windows, worn
 from floyd.diffusion.losses import stratified_timesteps
 from floyd.diffusion.schedule import NoiseSchedule
 from floyd.models.unet import UNet2DConditionModel
@@ -90,8 +90,9 @@ VAE_LOOP = LoopConfig(
 )
 LOOP = LoopConfig(
     phases=(
-        Phase(num_steps=1300, batch_size=16, size=160, rate=1e-3, last_rate=1e-3),
-        Phase(num_steps=400, batch_size=4, size=512, rate=7e-4, last_rate=2e-5),
+        Phase(num_steps=1050, batch_size=16, size=160, rate=1e-3, last_rate=1e-3),
+        Phase(num_steps=180, batch_size=4, size=512, rate=7e-4, last_rate=2e-5),
+        Phase(num_steps=140, batch_size=4, size=512, rate=4e-4, last_rate=1e-5),
     ),
     optimizer="muon",
     ema_decay=0.995,
@@ -216,7 +217,7 @@ def upscaling_loss(vae: AutoencoderKL, tokenizer: Any) -> Any:
 
         low_BChw, level_B = low_BChw.to(device), level_B.to(device)
         t_B = stratified_timesteps(density_T, batch, generator).to(device)
-        noise_BZhw = torch.randn(clean_BZhw.shape, generator=generator).to(device)
+        noise_BZhw = offset_noise(clean_BZhw.shape, generator).to(device)
         noisy_BZhw = torch.cat([schedule.noised(clean_BZhw, noise_BZhw, t_B), low_BChw], dim=1)
         ids_BL = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
         text_BLD = model.text_encoder(ids_BL.to(device))[0]

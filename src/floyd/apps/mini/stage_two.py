@@ -49,11 +49,13 @@ UNET: dict[str, Any] = {
     "act_fn": "gelu",
     "norm_num_groups": 4,
 }
+OFFSET = 0.1  # standard deviation of the noise's mean
 MOST_NOISE = 400  # highest noise level of the input in training
 LOOP = LoopConfig(
     phases=(
         Phase(num_steps=1100, batch_size=16, size=64, rate=1e-3, last_rate=1e-3),
         Phase(num_steps=260, batch_size=3, size=LARGE, rate=7e-4, last_rate=2e-5),
+        Phase(num_steps=140, batch_size=3, size=LARGE, rate=4e-4, last_rate=1e-5),
     ),
     optimizer="muon",
     ema_decay=0.995,
@@ -72,6 +74,15 @@ def windows(batch: int, size: int, side: int, generator: torch.Generator, *, mul
     """Where to look, by lot: `side` px windows of pictures of `size` px, at multiples of `multiple`."""
     corners = torch.randint(0, (size - side) // multiple + 1, (batch, 2), generator=generator) * multiple
     return [Crop(size, int(top), int(left), side) for top, left in corners]
+
+
+def offset_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Noise whose mean differs from channel to channel.
+
+    Over many pixels the mean of a noisy picture tells its colour almost surely, however noisy it is. A sampler starts
+    from pure noise, whose mean tells nothing; a network that trusts it turns colours gray. This one cannot trust it.
+    """
+    return torch.randn(shape, generator=generator) + OFFSET * torch.randn(*shape[:2], 1, 1, generator=generator)
 
 
 def worn(picture_BCHW: Tensor, generator: torch.Generator) -> Tensor:
@@ -111,7 +122,7 @@ def enlarging_loss(embed: Embed) -> Any:
 
         clean_BCHW, low_BCHW, level_B = clean_BCHW.to(device), low_BCHW.to(device), level_B.to(device)
         t_B = stratified_timesteps(density_T, batch, generator).to(device)
-        noise_BCHW = torch.randn(clean_BCHW.shape, generator=generator).to(device)
+        noise_BCHW = offset_noise(clean_BCHW.shape, generator).to(device)
         noisy_BCHW = torch.cat([schedule.noised(clean_BCHW, noise_BCHW, t_B), low_BCHW], dim=1)
         out_BCHW = model(noisy_BCHW, t_B, text_BLE, level_B, return_dict=False)[0]
         simple_B, bound_B = hybrid_loss(out_BCHW, clean_BCHW, noise_BCHW, t_B, schedule, weight_T)
