@@ -31,7 +31,7 @@ _MADE = {"text": "text_encoder", "stage_1": "unet_1", "stage_2": "unet_2", "vae"
 NUM_CAPTIONS = 20_000  # that the tokenizers are made from
 SAMPLING: dict[str, dict[str, Any]] = {  # how the built-in cascade is sampled unless told otherwise
     "stage_1": {"timesteps": "smart27", "guidance_scale": 4.0},
-    "stage_2": {"num_inference_steps": 20, "guidance_scale": 1.0, "noise_level": 100},
+    "stage_2": {"timesteps": "smart27", "guidance_scale": 1.0, "noise_level": 100},
     "stage_3": {"num_inference_steps": 12, "guidance_scale": 1.0, "noise_level": 20},
 }
 
