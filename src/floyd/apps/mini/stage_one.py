@@ -50,8 +50,8 @@ SCHEDULER: dict[str, Any] = {
     "dynamic_thresholding_ratio": 0.95,
     "sample_max_value": 1.5,
 }
-# Of the noise's error at the noisy end: full weight of the clean picture's error down to a log SNR of about -5.3. At 64 px
-# things find their places around there and below; 1000 made the mean colour jitter in bfloat16.
+# Of the noise's error at the noisy end: full weight of the clean picture's error down to a log SNR of about -5.3.
+# At 64 px things find their places around there and below; 1000 made the mean colour jitter in bfloat16.
 MOST_WEIGHT = 200.0
 LOOP = LoopConfig(
     phases=(
