@@ -29,6 +29,16 @@ def merge_heads(x_BNMK: Tensor) -> Tensor:
     return x_BNMK.transpose(1, 2).flatten(2)
 
 
+def attended(q_BNPK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor, bias_B11L: Tensor | None = None) -> Tensor:
+    """softmax(q k / sqrt(K) + bias) v. In training on the CPU written out, which goes back 1.3 times as fast."""
+    if q_BNPK.device.type != "cpu" or not (torch.is_grad_enabled() and q_BNPK.requires_grad):
+        return F.scaled_dot_product_attention(q_BNPK, k_BNMK, v_BNMK, attn_mask=bias_B11L)
+    score_BNPM = (q_BNPK @ k_BNMK.transpose(-1, -2)) * q_BNPK.shape[-1] ** -0.5
+    if bias_B11L is not None:
+        score_BNPM = score_BNPM + bias_B11L
+    return score_BNPM.softmax(-1).to(v_BNMK.dtype) @ v_BNMK
+
+
 class AddedKVAttention(nn.Module):
     """IF's attention: every pixel looks at the text and at all pixels at once (GLIDE, arXiv:2112.10741).
 
@@ -75,7 +85,7 @@ class AddedKVAttention(nn.Module):
             v_BNMK = torch.cat([v_BNMK, split_heads(self.to_v(h_BPC), self.num_heads)], dim=2)
         if bias_B11L is not None:
             bias_B11L = F.pad(bias_B11L, (0, k_BNMK.shape[2] - bias_B11L.shape[-1]))
-        out_BNPK = F.scaled_dot_product_attention(q_BNPK, k_BNMK, v_BNMK, attn_mask=bias_B11L)
+        out_BNPK = attended(q_BNPK, k_BNMK, v_BNMK, bias_B11L)
         out_BPC = self.to_out[0](merge_heads(out_BNPK))
         return x_BCHW + out_BPC.transpose(1, 2).unflatten(2, x_BCHW.shape[-2:])
 
@@ -98,5 +108,5 @@ class Attention(nn.Module):
 
     def forward(self, x_BPC: Tensor, source: TextKV, bias_B11L: Tensor | None = None) -> Tensor:
         q_BNPK = split_heads(self.to_q(x_BPC), self.num_heads)
-        out_BNPK = F.scaled_dot_product_attention(q_BNPK, source.key_BNLK, source.value_BNLK, attn_mask=bias_B11L)
+        out_BNPK = attended(q_BNPK, source.key_BNLK, source.value_BNLK, bias_B11L)
         return self.to_out[0](merge_heads(out_BNPK))

@@ -18,7 +18,7 @@ Color = npt.NDArray[np.float32]
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = ("small", "large")
-RADII = {"small": (0.10, 0.13), "large": (0.20, 0.24)}
+RADII = {"small": (0.11, 0.13), "large": (0.20, 0.22)}
 RELATIONS = ("left of", "right of", "above", "below")
 REVERSED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
@@ -57,6 +57,10 @@ SPAN = 150.0  # least RGB distance of the two ends of a gradient
 _COUNT_SHARES = (0.35, 0.45, 0.20)  # of scenes with one, two, three things
 _GRADIENT_SHARE = 0.25
 _ARRANGED_SHARE = {1: 0.6, 2: 0.9, 3: 0.6}  # of scenes with a position, a relation, a row
+_STRAY = 0.02  # how far a thing may stand from where it belongs, along each axis
+_LOOSE_STRAY = 0.05  # of a single thing of which no place is said
+_THIRDS = (0.22, 0.5, 0.78)
+_TRIANGLE = ((0.5, 0.26), (0.27, 0.72), (0.73, 0.72))  # three things that are in no row: (x, y) by order
 
 
 def _one_of(value: str | None, name: str, allowed: tuple[str, ...]) -> None:
@@ -208,8 +212,10 @@ def sample_scene(rng: np.random.Generator, *, split: str = "train", things: int 
     elif is_arranged:
         relation = _pick(rng, RELATIONS) if num_things == 2 else None
         sizes, spots = _place_in_line(rng, num_things, relation or "left of")
+    elif num_things == 2:
+        sizes, spots = _place_in_line(rng, 2, "left of")
     else:
-        sizes, spots = _place_freely(rng, num_things)
+        sizes, spots = _place_in_triangle(rng)
     placed = tuple(
         Thing(shape, color, size, *spot) for (color, shape), size, spot in zip(looks, sizes, spots, strict=True)
     )
@@ -235,9 +241,8 @@ def _sample_looks(rng: np.random.Generator, split: str, count: int) -> list[tupl
 
 
 def _sample_background(rng: np.random.Generator, colors: frozenset[str]) -> Background:
-    direction = "vertical" if rng.random() < 0.5 else "horizontal"
     if rng.random() < _GRADIENT_SHARE and (gradients := backgrounds_for(colors, "gradient")):
-        return Background("gradient", *_pick(rng, gradients), direction)
+        return Background("gradient", *_pick(rng, gradients))  # from top to bottom: captions do not say
     return Background("plain", _pick(rng, backgrounds_for(colors, "plain"))[0])
 
 
@@ -249,66 +254,47 @@ def _sample_size(rng: np.random.Generator, large_share: float = 0.5) -> str:
     return "large" if rng.random() < large_share else "small"
 
 
+def _near(rng: np.random.Generator, place: float, radius: float, stray: float = _STRAY) -> float:
+    """By lot around the place, within the picture."""
+    low, high = radius + MARGIN, 1 - radius - MARGIN
+    return min(max(place + _between(rng, -stray, stray), low), high)
+
+
 def _place_one(rng: np.random.Generator, position: str | None) -> tuple[list[str], list[Spot]]:
-    """Anywhere, or well inside a ninth of the picture."""
+    """In the middle of the picture, or of a ninth of it."""
     size = _sample_size(rng)
     radius = _between(rng, *RADII[size])
-    low, high = radius + MARGIN, 1 - radius - MARGIN
-    if position is None:
-        return [size], [(_between(rng, low, high), _between(rng, low, high), radius)]
-    row, column = divmod(POSITIONS.index(position), 3)
-    inset = 0.03
-    x, y = (_between(rng, max(low, third / 3 + inset), min(high, (third + 1) / 3 - inset)) for third in (column, row))
+    row, column = (1, 1) if position is None else divmod(POSITIONS.index(position), 3)
+    stray = _LOOSE_STRAY if position is None else _STRAY
+    x, y = (_near(rng, _THIRDS[third], radius, stray) for third in (column, row))
     return [size], [(x, y, radius)]
 
 
 def _place_in_line(rng: np.random.Generator, count: int, relation: str) -> tuple[list[str], list[Spot]]:
-    """Boxes apart along one axis, by lot how far; sideways they stray by less than half of that."""
+    """Boxes apart along one axis through the middle, the room between them and at the ends shared out evenly."""
     sizes = [_sample_size(rng, 0.5 if count == 2 else 0.2) for _ in range(count)]
     while True:
         radii = [_between(rng, *RADII[size]) for size in sizes]
-        slack = 1 - 2 * MARGIN - GAP * (count - 1) - 2 * sum(radii)
-        if slack > 0:
+        room = (1 - 2 * sum(radii)) / (count + 1)
+        if room > GAP:
             break
-        if count == 3 and sizes.count("large") > 1:
-            sizes[sizes.index("large")] = "small"
-    along: list[float] = []
-    start = MARGIN
-    for radius, before in zip(radii, np.diff(np.sort(rng.random(count)), prepend=0.0), strict=True):
-        along.append(start + slack * float(before) + radius)
-        start = along[-1] + radius + GAP
-    across = [_between(rng, radii[0] + MARGIN, 1 - radii[0] - MARGIN)]
-    stray = 0.4 * (along[1] - along[0]) if count == 2 else 0.05
-    if count == 3:
-        widest = max(radii) + MARGIN
-        across = [_between(rng, widest, 1 - widest)]
-    for radius in radii[1:]:
-        low = max(radius + MARGIN, across[0] - stray)
-        across.append(_between(rng, low, max(low, min(1 - radius - MARGIN, across[0] + stray))))
+        sizes[sizes.index("large")] = "small"
+    stray = min(_STRAY, (room - GAP) / 2)
+    along, start = [], 0.0
+    for radius in radii:
+        along.append(_near(rng, start + room + radius, radius, stray))
+        start += room + 2 * radius
+    across = [_near(rng, 0.5, radius) for radius in radii]
     if relation in ("right of", "below"):
         along = [1 - value for value in along]
     columns, rows = (across, along) if relation in ("above", "below") else (along, across)
     return sizes, list(zip(columns, rows, radii, strict=True))
 
 
-def _place_freely(rng: np.random.Generator, count: int) -> tuple[list[str], list[Spot]]:
-    """Anywhere, boxes apart; a large thing becomes small when there is no room."""
-    sizes = [_sample_size(rng, 0.5 if count == 2 else 0.25) for _ in range(count)]
-    for attempt in range(1, 10_000):
-        if attempt % 50 == 0 and "large" in sizes:
-            sizes[sizes.index("large")] = "small"
-        spots: list[Spot] = []
-        for size in sizes:
-            radius = _between(rng, *RADII[size])
-            low, high = radius + MARGIN, 1 - radius - MARGIN
-            spot = (_between(rng, low, high), _between(rng, low, high), radius)
-            if not all(_apart(spot, other) for other in spots):
-                break
-            spots.append(spot)
-        if len(spots) == count:
-            return sizes, spots
-    raise AssertionError("small things always find room")
-
-
-def _apart(spot: Spot, other: Spot) -> bool:
-    return max(abs(spot[0] - other[0]), abs(spot[1] - other[1])) >= spot[2] + other[2] + GAP
+def _place_in_triangle(rng: np.random.Generator) -> tuple[list[str], list[Spot]]:
+    """The first above, the second and the third below it from left to right."""
+    sizes = ["small"] * 3
+    if rng.random() < 0.5:
+        sizes[int(rng.integers(3))] = "large"
+    radii = [_between(rng, *RADII[size]) for size in sizes]
+    return sizes, [(_near(rng, x, r), _near(rng, y, r), r) for (x, y), r in zip(_TRIANGLE, radii, strict=True)]

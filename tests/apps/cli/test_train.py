@@ -116,6 +116,7 @@ def test_parts_that_are_missing_are_named_and_nothing_is_put_together(tmp_path: 
         (["--scale", "nan"], "scale must be above 0"),
         (["--device", "toaster"], "toaster"),
         (["--threads", "0"], "--threads"),
+        (["--start", "nowhere"], "--start nowhere is no folder of a cascade"),
     ],
 )
 def test_bad_arguments_are_one_line_and_no_work(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -130,7 +131,7 @@ def test_a_run_is_not_continued_with_another_scale(tmp_path: Path) -> None:
     train(tmp_path, "--parts", "text", "--quiet")
     result = CliRunner().invoke(app, ["train-mini", "--out", str(tmp_path), "--scale", "0.25"])
     assert result.exit_code == 2
-    assert "was begun with scale 0.5, got 0.25" in result.stderr
+    assert "was begun with scale 0.5, got scale 0.25" in result.stderr
 
 
 def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:

@@ -13,12 +13,18 @@ import pytest
 import torch
 
 from floyd.apps.mini import recipe, stage_one, stage_three, stage_two, text
-from floyd.apps.mini.data import scenes_at
-from floyd.apps.mini.recipe import PARTS, SAMPLING, Recipe, assemble
+from floyd.apps.mini.checkpoint import SAMPLING, assemble
+from floyd.apps.mini.data import scenes_at, things_of
+from floyd.apps.mini.recipe import PARTS, Recipe
+from floyd.models.unet import UNet2DConditionModel
 from floyd.pipelines.cascade import Cascade
-from floyd.scenes.scene import HELD_OUT
+from floyd.scenes.captions import Caption, facts
+from floyd.scenes.render import SQUARE_HALF_SIDE
+from floyd.scenes.scene import HELD_OUT, Background, Scene, Thing
+from floyd.store.weights import read_file
 from floyd.training.loop import Phase
 
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 THIN = {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "time_embedding_dim": 32, "attention_head_dim": 8}
 
 
@@ -71,6 +77,27 @@ def test_the_checkpoint_paints(trained: Any) -> None:
     assert [picture.size for picture in result.images] == [(256, 256)]
 
 
+def test_a_run_can_start_from_a_checkpoint(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = trained[0] / "checkpoint"
+    monkeypatch.setattr(stage_one, "UNET", {**stage_one.UNET, **THIN})
+    monkeypatch.setattr(stage_one, "LOOP", loop(stage_one.LOOP, 16))
+    run = Recipe(tmp_path, start=checkpoint)
+    run.check(("stage_1",))
+    assert all(run.is_finished(part) for part in PARTS)
+    given = UNet2DConditionModel.from_pretrained(tmp_path / "unet_1").state_dict()
+    trainer = run._trainer("stage_1")
+    assert all(torch.equal(given[key], value) for key, value in trainer.model.unet.state_dict().items())
+
+    assert [part for part, _ in run.train(("stage_1",))] == ["stage_1"] * 2
+    made = UNet2DConditionModel.from_pretrained(tmp_path / "unet_1").state_dict()
+    assert any(not torch.equal(given[key], made[key]) for key in given)
+    assemble(tmp_path, tmp_path / "checkpoint")
+    one, other = (read_file(root / "stage_2" / WEIGHTS) for root in (checkpoint, tmp_path / "checkpoint"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    with pytest.raises(ValueError, match=r"was begun with scale 1\.0, start .*checkpoint, got scale 1\.0: go on"):
+        Recipe(tmp_path).check(("stage_1",))
+
+
 def test_the_latents_of_the_autoencoder_have_the_variance_that_stage_three_expects(trained: Any) -> None:
     folder, _ = trained
     vae = Recipe(folder).vae()
@@ -102,6 +129,30 @@ def test_training_never_sees_a_held_out_pair() -> None:
     looks = {(thing.color, thing.shape) for scene, _ in scenes_at(0, 0, 3000) for thing in scene.things}
     assert len(looks) == 8 * 6 - len(HELD_OUT)
     assert not looks & HELD_OUT
+
+
+def test_things_are_where_the_picture_is_not_background() -> None:
+    thing = Thing("square", "red", "large", 0.5, 0.5, 0.25)
+    scene = Scene((thing,), Background("plain", "white"), position="center")
+    mask_HW = things_of([(scene, Caption("", (), facts(scene)))], 64)[0, 0]
+    half = round(0.25 * SQUARE_HALF_SIDE * 64)
+    assert mask_HW[32 - half : 32 + half, 32 - half : 32 + half].all()
+    assert mask_HW.sum() == (2 * half) ** 2
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_every_level_of_stage_one_learns_from_pictures_of_every_size(size: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(stage_one, "UNET", {**stage_one.UNET, **THIN})
+    model = stage_one.Apprentice(stage_one.build_unet())
+    loss_of = stage_one.denoising_loss(lambda texts: torch.randn(len(texts), 77, 128))
+    phase = Phase(num_steps=1, batch_size=2, size=size, rate=1e-3, last_rate=1e-3)
+    losses = loss_of(model, phase, 0, torch.Generator().manual_seed(0))
+    assert ("variance" in losses) == (size == 64)
+    total = torch.stack(list(losses.values())).sum()
+    assert torch.isfinite(total)
+    total.backward()
+    unlearned = [name for name, p in model.named_parameters() if p.grad is None]
+    assert unlearned == []
 
 
 def test_a_step_decides_its_scenes() -> None:

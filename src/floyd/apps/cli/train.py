@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from importlib.resources import files
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from floyd.apps.cli.models import Quiet, Threads, device_named, prepare
+from floyd.apps.cli.models import BUILT_IN, Quiet, Threads, device_named, prepare
 from floyd.apps.cli.progress import Bars, progress
 from floyd.apps.cli.refusals import refusing, say
 
@@ -25,6 +26,13 @@ Parts = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, mps.")]
 Scale = Annotated[float, typer.Option(help="Shorten (or lengthen) the training by this factor, for a trial.")]
+Start = Annotated[
+    str | None,
+    typer.Option(
+        help="Go on from this cascade's weights (a folder, or built-in); what --parts leaves out stays as it is.",
+        show_default="from nothing",
+    ),
+]
 Assemble = Annotated[
     bool | None,
     typer.Option(
@@ -41,21 +49,22 @@ def train_mini(
     device: Device = "cpu",
     threads: Threads = None,
     scale: Scale = 1.0,
+    start: Start = None,
     assemble: Assemble = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train the built-in checkpoint from nothing.
+    """Train the built-in checkpoint, from nothing or from what there is.
 
     It takes hours. Ctrl-C stops after the step it is at; the same command then goes on as if it had not been stopped.
     """
     with refusing():
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out} is a file; name a folder.")
+        from floyd.apps.mini.checkpoint import assemble as put_together
         from floyd.apps.mini.recipe import PARTS, Recipe
-        from floyd.apps.mini.recipe import assemble as put_together
 
         prepare(threads)
-        recipe = Recipe(out, str(device_named(device)), scale)
+        recipe = Recipe(out, str(device_named(device)), scale, None if start is None else folder_of(start))
         chosen = PARTS if parts is None else tuple(part.strip() for part in parts.split(","))
         if assemble and (missing := [p for p in PARTS if p not in chosen and not recipe.is_finished(p)]):
             raise ValueError(
@@ -75,6 +84,14 @@ def train_mini(
     put_together(out, out / "checkpoint")
     if not quiet:
         print(out / "checkpoint")
+
+
+def folder_of(start: str) -> Path:
+    if start == BUILT_IN:
+        return Path(str(files("floyd") / "mini"))
+    if not (Path(start) / "stage_1").is_dir():
+        raise ValueError(f"--start {start} is no folder of a cascade (stage_1, stage_2, stage_3) and not {BUILT_IN}.")
+    return Path(start)
 
 
 def trained(recipe: Recipe, parts: tuple[str, ...], bars: Bars) -> None:

@@ -6,7 +6,7 @@ B images  C channels  H height  W width  L text tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,13 @@ def to_tensor(pictures: Sequence[Pixels]) -> Tensor:
 
 def pictures_of(scenes: Sequence[tuple[Scene, Caption]], size: int) -> Tensor:
     return to_tensor([render(scene, size) for scene, _ in scenes])
+
+
+def things_of(scenes: Sequence[tuple[Scene, Caption]], size: int) -> Tensor:
+    """Which pixels show a thing: [B, 1, H, W] in {0, 1}."""
+    empty = [replace(scene, things=(), position=None, relation=None, row=False) for scene, _ in scenes]
+    grounds_BCHW = to_tensor([render(scene, size) for scene in empty])
+    return ((pictures_of(scenes, size) - grounds_BCHW).abs().sum(dim=1, keepdim=True) > 0.3).float()
 
 
 def crops_of(scenes: Sequence[tuple[Scene, Caption]], crops: Sequence[Crop]) -> Tensor:

@@ -7,18 +7,16 @@ vae ──► stage_3        stage III paints the latents of the autoencoder
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from floyd.apps.mini import stage_one, stage_three, stage_two, text
+from floyd.apps.mini.checkpoint import unpack
 from floyd.apps.mini.data import scenes_at
 from floyd.apps.mini.tokenizer import train_tokenizer
 from floyd.models.vae import AutoencoderKL
@@ -29,22 +27,21 @@ PARTS = ("text", "stage_1", "stage_2", "vae", "stage_3")
 _NEEDS = {"stage_1": "text", "stage_2": "text", "stage_3": "vae"}
 _MADE = {"text": "text_encoder", "stage_1": "unet_1", "stage_2": "unet_2", "vae": "vae", "stage_3": "clip_text_encoder"}
 NUM_CAPTIONS = 20_000  # that the tokenizers are made from
-SAMPLING: dict[str, dict[str, Any]] = {  # how the built-in cascade is sampled unless told otherwise
-    "stage_1": {"timesteps": "smart27", "guidance_scale": 4.0},
-    "stage_2": {"timesteps": "smart27", "guidance_scale": 1.0, "noise_level": 100},
-    "stage_3": {"num_inference_steps": 12, "guidance_scale": 1.0, "noise_level": 20},
-}
-
 Steps = Generator[tuple[str, Progress], None, None]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Where the run lives, on which device, and by how much to shorten it (for a trial)."""
+    """Where the run lives, on which device, by how much to shorten it (for a trial), and what it starts from.
+
+    With `start`, a cascade of the same architecture, its parts count as trained: those that `train` is told to train
+    go on from its weights.
+    """
 
     folder: Path
     device: str = "cpu"
     scale: float = 1.0
+    start: Path | None = None
 
     def train(self, parts: tuple[str, ...] = PARTS) -> Steps:
         """Trains the parts in order, yielding after every step; what is finished already is skipped.
@@ -75,29 +72,40 @@ class Recipe:
             if part not in PARTS:
                 raise ValueError(f"parts must be of {', '.join(PARTS)}, got {part!r}.")
             need = _NEEDS.get(part)
-            if need is not None and need not in parts[:i] and not self.is_finished(need):
+            is_given = self.start is not None or self.is_finished(need or "text")
+            if need is not None and need not in parts[:i] and not is_given:
                 raise ValueError(f"{part} builds on {need}, which {self.folder} does not hold: train {need} before it.")
         self._keep_to_the_terms()
+        if self.start is not None and not all(self.is_finished(part) for part in PARTS):
+            unpack(self.start, self.folder)
 
     def _keep_to_the_terms(self) -> None:
         """A run is gone on with as it was begun, or not at all: mixed lengths would be neither."""
         path = self.folder / "terms.json"
-        terms = {"scale": self.scale}
+        terms: dict[str, Any] = {"scale": self.scale}
+        if self.start is not None:
+            terms["start"] = str(self.start)
         if not path.is_file():
             write_json(made(self.folder) / path.name, terms)
         elif (begun := read_json(path)) != terms:
             raise ValueError(
-                f"The run in {self.folder} was begun with scale {begun.get('scale')}, got {self.scale}: "
+                f"The run in {self.folder} was begun with {_said(begun)}, got {_said(terms)}: "
                 "go on with that, or choose another folder."
             )
 
     def _trainer(self, part: str) -> Trainer:
         model, loss_of, config = _BUILD[part](self)
+        if self.start is not None:
+            self._load(_trained_modules(part, model))
         return Trainer(model.to(self.device), loss_of, self._shortened(config), self.folder / f"run_{part}")
 
     def _shortened(self, config: LoopConfig) -> LoopConfig:
         phases = tuple(replace(p, num_steps=max(1, round(p.num_steps * self.scale))) for p in config.phases)
         return replace(config, phases=phases)
+
+    def _load(self, modules: dict[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            module.load_state_dict(type(module).from_pretrained(self.folder / name).state_dict())  # type: ignore[attr-defined]
 
     def captions(self) -> list[str]:
         return [caption.text for _, caption in scenes_at(7, 0, NUM_CAPTIONS)]
@@ -111,10 +119,20 @@ class Recipe:
         return lambda texts: text.embedded(encoder, tokenizer, texts)
 
     def tokenizer(self) -> Any:
-        return train_tokenizer(self.captions(), self.folder / "tokenizer")
+        from transformers import T5Tokenizer
+
+        folder = self.folder / "tokenizer"
+        if self.start is not None:
+            return T5Tokenizer.from_pretrained(folder)
+        return train_tokenizer(self.captions(), folder)
 
     def clip_tokenizer(self) -> Any:
-        return stage_three.train_clip_tokenizer(self.captions(), self.folder / "clip_tokenizer")
+        from transformers import CLIPTokenizer
+
+        folder = self.folder / "clip_tokenizer"
+        if self.start is not None:
+            return CLIPTokenizer.from_pretrained(folder)
+        return stage_three.train_clip_tokenizer(self.captions(), folder)
 
     def vae(self) -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(self.folder / "vae").to(self.device)
@@ -129,7 +147,7 @@ def _build_text(recipe: Recipe) -> tuple[nn.Module, LossOf, LoopConfig]:
 
 
 def _build_stage_1(recipe: Recipe) -> tuple[nn.Module, LossOf, LoopConfig]:
-    return stage_one.build_unet(), stage_one.denoising_loss(recipe.embed()), stage_one.LOOP
+    return stage_one.Apprentice(stage_one.build_unet()), stage_one.denoising_loss(recipe.embed()), stage_one.LOOP
 
 
 def _build_stage_2(recipe: Recipe) -> tuple[nn.Module, LossOf, LoopConfig]:
@@ -155,13 +173,30 @@ def _finish_vae(recipe: Recipe, model: Any) -> None:
     model.save_pretrained(recipe.folder / "vae")
 
 
-def _finish_unet(name: str) -> Callable[[Recipe, Any], None]:
-    return lambda recipe, model: model.cpu().save_pretrained(recipe.folder / name)
+def _finish_stage_1(recipe: Recipe, model: Any) -> None:
+    model.cpu().unet.save_pretrained(recipe.folder / "unet_1")
+
+
+def _finish_stage_2(recipe: Recipe, model: Any) -> None:
+    model.cpu().save_pretrained(recipe.folder / "unet_2")
 
 
 def _finish_stage_3(recipe: Recipe, model: Any) -> None:
     model.cpu().unet.save_pretrained(recipe.folder / "unet_3")
     model.text_encoder.save_pretrained(recipe.folder / "clip_text_encoder")
+
+
+def _trained_modules(part: str, model: Any) -> dict[str, nn.Module]:
+    """What of a part's model ends up in the checkpoint, by the folder's name."""
+    if part == "text":
+        return {"text_encoder": model.encoder}
+    if part == "stage_3":
+        return {"unet_3": model.unet, "clip_text_encoder": model.text_encoder}
+    return {_MADE[part]: model.unet if part == "stage_1" else model}
+
+
+def _said(terms: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in terms.items())
 
 
 _BUILD: dict[str, Build] = {
@@ -173,52 +208,8 @@ _BUILD: dict[str, Build] = {
 }
 _FINISH: dict[str, Callable[[Recipe, Any], None]] = {
     "text": _finish_text,
-    "stage_1": _finish_unet("unet_1"),
-    "stage_2": _finish_unet("unet_2"),
+    "stage_1": _finish_stage_1,
+    "stage_2": _finish_stage_2,
     "vae": _finish_vae,
     "stage_3": _finish_stage_3,
 }
-
-
-def assemble(run: Path, out: Path) -> None:
-    """The trained parts as three pipelines in the ordinary checkpoint layout, weights in float16."""
-    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
-
-    from floyd.models.unet import UNet2DConditionModel
-    from floyd.pipelines.deepfloyd_if import IFPipeline, IFSuperResolutionPipeline
-    from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
-    from floyd.schedulers import DDIMScheduler, DDPMScheduler
-
-    def half(model: Any) -> Any:
-        return model.to(torch.float16)
-
-    no_checker: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "watermarker": None}
-    IFPipeline(
-        tokenizer=T5Tokenizer.from_pretrained(run / "tokenizer"),
-        text_encoder=half(T5EncoderModel.from_pretrained(run / "text_encoder")),
-        unet=half(UNet2DConditionModel.from_pretrained(run / "unet_1")),
-        scheduler=DDPMScheduler(**stage_one.SCHEDULER),
-        **no_checker,
-        requires_safety_checker=False,
-    ).save_pretrained(out / "stage_1")
-    IFSuperResolutionPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        unet=half(UNet2DConditionModel.from_pretrained(run / "unet_2")),
-        scheduler=DDPMScheduler(**{**stage_one.SCHEDULER, "sample_max_value": 1.0}),
-        image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
-        **no_checker,
-        requires_safety_checker=False,
-    ).save_pretrained(out / "stage_2")
-    StableDiffusionUpscalePipeline(
-        vae=half(AutoencoderKL.from_pretrained(run / "vae")),
-        text_encoder=half(CLIPTextModel.from_pretrained(run / "clip_text_encoder")),
-        tokenizer=CLIPTokenizer.from_pretrained(run / "clip_tokenizer"),
-        unet=half(UNet2DConditionModel.from_pretrained(run / "unet_3")),
-        low_res_scheduler=DDPMScheduler(**stage_three.LOW_RES_SCHEDULER),
-        scheduler=DDIMScheduler(**stage_three.SCHEDULER),
-    ).save_pretrained(out / "stage_3")
-    for source, target in (("tokenizer", "stage_1"), ("clip_tokenizer", "stage_3")):
-        shutil.rmtree(out / target / "tokenizer")
-        shutil.copytree(run / source, out / target / "tokenizer")
-    (out / "floyd.json").write_text(json.dumps(SAMPLING, indent=2) + "\n")
