@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from floyd.apps.evaluate import (
     EVALUATION,
@@ -13,6 +14,7 @@ from floyd.apps.evaluate import (
     Asked,
     CascadePainter,
     Drawn,
+    RenderedFirst,
     Share,
     evaluate,
     is_same_scene,
@@ -159,6 +161,30 @@ def test_the_caller_hears_of_every_picture() -> None:
         on_painted=lambda size, count: heard.update({size: heard.get(size, 0) + count}),
     )
     assert heard == {64: 42, 128: 41}
+
+
+class Halver:
+    """Handed a picture, hands on the same picture: at twice the size, every pixel four times."""
+
+    sizes = (64, 128)
+
+    def draw(self, asked: Sequence[Asked]) -> list[Drawn]:
+        raise AssertionError("the smallest pictures are rendered")
+
+    def enlarge(self, asked: Sequence[Asked], drawn: Sequence[Drawn], size: int) -> list[Drawn]:
+        pixels = [((each.handed + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy() for each in drawn]
+        return [Drawn(each.repeat(2, axis=0).repeat(2, axis=1)) for each in pixels]
+
+
+def test_enlarging_alone_is_measured_on_rendered_scenes() -> None:
+    answers = evaluate(RenderedFirst(Halver()), ASKED, sizes=(64, 128), batch=8)
+    assert report(answers).total.everything.share == 1
+    assert all((answer.picture == render(answer.asked.scene, 64)).all() for answer in answers)
+    assert [answer.kept for answer in answers] == [
+        {128: is_same_scene(answer.reading, read(answer.picture.repeat(2, axis=0).repeat(2, axis=1)))}
+        for answer in answers
+    ]
+    assert sum(answer.kept[128] for answer in answers) > 0.9 * len(answers)
 
 
 def test_a_share_of_nothing_is_no_number() -> None:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Generator, Tensor
 
 from floyd.apps.settings import Settings, merged
@@ -26,6 +27,7 @@ from floyd.pipelines.cascade import Cascade, stage_seed
 from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
 from floyd.scenes.captions import Caption, captioned
 from floyd.scenes.judge import Reading, Seen, Verdict, read, verdict
+from floyd.scenes.render import render
 from floyd.scenes.scene import Scene
 
 Picture = npt.NDArray[np.uint8]  # HWC
@@ -284,8 +286,6 @@ class CascadePainter:
         return self._painted(asked, self.sizes[0])
 
     def enlarge(self, asked: Sequence[Asked], drawn: Sequence[Drawn], size: int) -> list[Drawn]:
-        import torch
-
         return self._painted(asked, size, image=torch.stack([each.handed for each in drawn]))
 
     def _painted(self, asked: Sequence[Asked], size: int, **image: Tensor) -> list[Drawn]:
@@ -308,3 +308,21 @@ class CascadePainter:
         first: Any = self._cascade.stages["stage_1"]
         encoded: tuple[Tensor, Tensor | None] = first.encode_prompt(texts, clean_caption=True)
         return encoded
+
+
+class RenderedFirst:
+    """A painter whose smallest pictures are the prompts' own scenes, rendered: what its enlarging alone keeps."""
+
+    def __init__(self, painter: Painter) -> None:
+        self._painter = painter
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self._painter.sizes
+
+    def draw(self, asked: Sequence[Asked]) -> list[Drawn]:
+        pictures = [render(one.scene, self.sizes[0]) for one in asked]
+        return [Drawn(picture, torch.from_numpy(picture).permute(2, 0, 1) / 127.5 - 1) for picture in pictures]
+
+    def enlarge(self, asked: Sequence[Asked], drawn: Sequence[Drawn], size: int) -> list[Drawn]:
+        return self._painter.enlarge(asked, drawn, size)

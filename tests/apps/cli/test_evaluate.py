@@ -62,6 +62,13 @@ def test_the_numbers_are_printed_and_written(tmp_path: Path, folder: Path) -> No
 
 
 @pytest.mark.usefixtures("known")
+def test_rendered_scenes_are_all_right(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["eval", "--prompts", "8", "--rendered", "--model", str(folder)])
+    assert result.exit_code == 0, result.exception
+    assert result.stdout.splitlines()[-1].split()[:3] == ["all", "100.0%", "8/8"]
+
+
+@pytest.mark.usefixtures("known")
 def test_the_sheets_show_right_and_wrong_pictures_and_say_which(tmp_path: Path, folder: Path) -> None:
     arguments = ["--prompts", "16", "--pictures", str(tmp_path / "sheets"), "--model", str(folder), "--quiet"]
     result = CliRunner().invoke(app, ["eval", *arguments])
