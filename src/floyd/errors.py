@@ -2,6 +2,7 @@
 
 FloydError
 ├── ConfigError (ValueError)         a configuration asks for what floyd cannot honour
+├── SafetyError                      the safety checker objects to a picture, or could not look at it
 └── CheckpointError (OSError)        a checkpoint's files are missing, broken or of another shape
     └── DownloadError                the files are on the hub and could not be fetched
 """
@@ -15,6 +16,21 @@ class FloydError(Exception):
 
 class ConfigError(FloydError, ValueError):
     """A configuration asks for something that floyd cannot honour."""
+
+
+class SafetyError(FloydError):
+    """A picture is not handed out: the safety checker objects to it, or could not look at it."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        nsfw_scores: list[float] | None = None,
+        watermark_scores: list[float] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.nsfw_scores = nsfw_scores  # of every picture of the call; None: there are none
+        self.watermark_scores = watermark_scores
 
 
 class CheckpointError(FloydError, OSError):

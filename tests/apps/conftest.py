@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests import tiny
+from tests.hub_stub import Hub, serving
 
 from floyd.models.unet import UNet2DConditionModel
 from floyd.models.vae import AutoencoderKL
@@ -70,3 +72,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cascade(folder: Path) -> Cascade:
     return Cascade.from_pretrained(folder)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """On localhost, with nothing in it."""
+    with serving(monkeypatch, tmp_path / "cache") as hub:
+        yield hub

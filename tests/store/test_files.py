@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from floyd.errors import CheckpointError
-from floyd.store.files import made, read_json, replacing, write_json
+from floyd.store.files import made, read_json, replacing, told_size, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -36,3 +36,11 @@ def test_a_checkpoint_is_not_saved_into_a_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a file"):
         made(tmp_path / "taken")
     assert made(tmp_path / "new" / "deep").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "told"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (8_609_000_000, "8.61 GB"), (999_600, "1 MB")],
+)
+def test_sizes_are_told_as_the_hub_tells_them(num_bytes: int, told: str) -> None:
+    assert told_size(num_bytes) == told

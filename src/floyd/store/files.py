@@ -48,3 +48,13 @@ def made(folder: str | os.PathLike[str]) -> Path:
         raise ValueError(f"A checkpoint is saved into a folder, but {path} is a file.")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def told_size(num_bytes: int) -> str:
+    """As the hub counts: 1 GB is a thousand million bytes."""
+    size, unit = float(num_bytes), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(size) < 999.5 or unit == "TB":
+            break
+        size /= 1000
+    return f"{num_bytes} B" if unit == "B" else f"{size:.3g} {unit}"

@@ -8,57 +8,22 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
-from floyd.errors import CheckpointError, DownloadError
+from floyd.errors import CheckpointError
 from floyd.store import layout, naming
+from floyd.store.advice import absent, asked, failures, translated
 from floyd.store.layout import INDEX_NAME, ModelIndex
+from floyd.store.source import Source
 from floyd.store.weights import no_such_variant
+
+__all__ = ["Source", "component", "fetch", "file", "selected", "snapshot"]
 
 log = logging.getLogger(__name__)
 
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+TIMEOUT_S = 30.0  # for the first answer
 _SMALL = (".json", ".txt", ".model")  # configurations, vocabularies, sentencepiece models
-
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a checkpoint comes from: a folder, or a repository and how to ask the hub for it."""
-
-    path_or_id: str | os.PathLike[str]
-    revision: str | None = None
-    token: str | bool | None = None
-    cache_dir: str | os.PathLike[str] | None = None
-    local_files_only: bool = False
-    force_download: bool = False
-
-    def folder(self) -> Path | None:
-        """The local folder, or None for an id of the hub. ValueError for what is neither."""
-        path = Path(self.path_or_id).expanduser()
-        if path.is_dir():
-            return path
-        if path.is_file():
-            raise ValueError(f"{path} is a file; give the folder that holds config.json or {INDEX_NAME}.")
-        if not _ID.fullmatch(os.fspath(self.path_or_id)):
-            raise ValueError(f"{self.path_or_id!s} is neither an existing folder nor a hub id of the form 'org/name'.")
-        return None
-
-    @property
-    def cache(self) -> Path | None:
-        return None if self.cache_dir is None else Path(self.cache_dir)
-
-    @property
-    def id(self) -> str:
-        return os.fspath(self.path_or_id)
-
-    def __repr__(self) -> str:  # the token stays out of logs
-        return f"Source({self.id!r}, revision={self.revision!r})"
 
 
 def snapshot(
@@ -83,16 +48,50 @@ def snapshot(
     index = layout.read_index(local or _fetch_index(source))
     names = _walk(local) if local else _listing(source)
     wanted = _wanted(index, components, source.id)
-    _check_variant(source.id, index, wanted, names, variant, use_safetensors)
+    if plain := _check_variant(source.id, index, wanted, names, variant, use_safetensors):
+        log.warning(
+            "%s mixes variants: %s will be read from plain files, as there are none of the variant %r.",
+            source.id,
+            ", ".join(plain),
+            variant,
+        )
     if local:
         return local
+    return fetch(source, _files(source, index, wanted, names, variant, use_safetensors))
+
+
+def selected(
+    source: Source,
+    index: ModelIndex | None,
+    names: Sequence[str],
+    *,
+    components: Iterable[str] | None = None,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+) -> list[str]:
+    """Which of a repository's files `from_pretrained` reads; without an index, those of one model at the root."""
+    if index is None:
+        return _needed(source, "", _below(names, ""), variant, use_safetensors, with_weights=True)
+    wanted = _wanted(index, components, source.id)
+    _check_variant(source.id, index, wanted, names, variant, use_safetensors)
+    return _files(source, index, wanted, names, variant, use_safetensors)
+
+
+def _files(
+    source: Source,
+    index: ModelIndex,
+    wanted: Sequence[str],
+    names: Sequence[str],
+    variant: str | None,
+    use_safetensors: bool | None,
+) -> list[str]:
     files = [INDEX_NAME]
     for name in wanted:
         kind, own = index.components[name], _below(names, name)
         used = variant if naming.choose(own, variant=variant, use_safetensors=use_safetensors) else None
         with_weights = kind is not None and layout.has_weights(kind)
         files += _needed(source, name, own, used, use_safetensors, with_weights=with_weights)
-    return _fetch(source, files)
+    return files
 
 
 def component(
@@ -109,7 +108,7 @@ def component(
         names = _listing(source)
         own = _below(names, subfolder or "")
         files = _needed(source, subfolder or "", own, variant, use_safetensors, with_weights=with_weights)
-        folder = _fetch(source, files)
+        folder = fetch(source, files)
     folder = folder / (subfolder or "")
     if not folder.is_dir():
         raise CheckpointError(f"{source.id} has no folder {subfolder!r}.")
@@ -118,7 +117,7 @@ def component(
 
 def file(source: Source, name: str) -> Path:
     """One file of a folder or a repository, such as a LoRA's."""
-    path = (source.folder() or _fetch(source, [name])) / name
+    path = (source.folder() or fetch(source, [name])) / name
     if not path.is_file():
         raise CheckpointError(f"{source.id} has no file {name!r}.")
     return path
@@ -141,21 +140,17 @@ def _check_variant(
     names: Sequence[str],
     variant: str | None,
     use_safetensors: bool | None,
-) -> None:
+) -> list[str]:
+    """The components whose weights come in no variant, if it is not the whole pipeline: that is a ValueError."""
     if variant is None:
-        return
+        return []
     own = {n: _below(names, n) for n, kind in index.components.items() if kind and layout.has_weights(kind)}
     with_it = {n for n, files in own.items() if naming.choose(files, variant=variant, use_safetensors=use_safetensors)}
     if own and not with_it:
         found = sorted({other for files in own.values() for other in naming.variants(files)})
         raise ValueError(no_such_variant(place, variant, found))
-    if plain := [n for n in wanted if n in own and n not in with_it and any(map(naming.is_weights, own[n]))]:
-        log.warning(
-            "%s mixes variants: %s will be read from plain files, as there are none of the variant %r.",
-            place,
-            ", ".join(plain),
-            variant,
-        )
+    missing = [n for n in wanted if layout.has_precision(index.components[n]) and n not in with_it]
+    return [n for n in missing if any(map(naming.is_weights, own[n]))]
 
 
 def _needed(
@@ -170,13 +165,13 @@ def _needed(
     """The files of one component: the small ones, and one set of weights."""
     files = [name for name in names if name.endswith(_SMALL) and not naming.is_weights(name)]
     if not files:
-        raise _absent(source, f"no files for {prefix or 'a model at its root'} there")
+        raise absent(source, f"no files for {prefix or 'a model at its root'} there")
     if with_weights:
         found = naming.choose(names, variant=variant, use_safetensors=use_safetensors)
         if found is None and variant is not None:
             raise ValueError(no_such_variant(f"{source.id}/{prefix}", variant, naming.variants(names)))
         if found is None or found.num_missing:
-            raise _absent(source, f"{prefix or 'its root'} has no complete weights there")
+            raise absent(source, f"{prefix or 'its root'} has no complete weights there")
         files += [*found.files, *([found.index] if found.index else [])]
     return [f"{prefix}/{name}" if prefix else name for name in files]
 
@@ -198,21 +193,22 @@ def _listing(source: Source) -> list[str]:
     """Every file of the repository; of its cached snapshot where the hub cannot be asked."""
     from huggingface_hub import HfApi
 
-    if not _is_offline(source):
+    if source.is_offline:
+        return _walk(asked(source, lambda: _cached(source)))
+    api = HfApi(token=source.token, library_name="floyd")
+    try:
+        info = api.model_info(source.id, revision=source.revision, timeout=TIMEOUT_S)
+        return [file.rfilename for file in info.siblings or []]
+    except failures() as error:
         try:
-            info = HfApi(token=source.token, library_name="floyd").model_info(source.id, revision=source.revision)
-            return [file.rfilename for file in info.siblings or []]
-        except _failures() as error:
-            try:
-                names = _walk(_cached(source))
-            except _failures():
-                raise _translated(source, error) from error
-            log.warning("The hub could not be asked about %s (%s); using the cache.", source.id, type(error).__name__)
-            return names
-    return _walk(_asked(source, lambda: _cached(source)))
+            names = _walk(_cached(source))
+        except failures():
+            raise translated(source, error) from error
+        log.warning("The hub could not be asked about %s (%s); using the cache.", source.id, type(error).__name__)
+        return names
 
 
-def _fetch(source: Source, files: Sequence[str], *, tolerant: bool = False) -> Path:
+def fetch(source: Source, files: Sequence[str], *, tolerant: bool = False) -> Path:
     """The snapshot folder, with these files in it."""
     from huggingface_hub import snapshot_download
 
@@ -223,23 +219,23 @@ def _fetch(source: Source, files: Sequence[str], *, tolerant: bool = False) -> P
                 revision=source.revision,
                 token=source.token,
                 cache_dir=source.cache,
-                local_files_only=_is_offline(source),
+                local_files_only=source.is_offline,
                 force_download=source.force_download,
                 allow_patterns=list(files),
                 library_name="floyd",
             )
         )
 
-    folder = _asked(source, download)
+    folder = asked(source, download)
     if not tolerant and (missing := [name for name in files if not (folder / name).is_file()]):
-        raise _absent(source, f"{missing[0]} is missing")
+        raise absent(source, f"{missing[0]} is missing")
     return folder
 
 
 def _fetch_index(source: Source) -> Path:
-    folder = _fetch(source, [INDEX_NAME], tolerant=True)
+    folder = fetch(source, [INDEX_NAME], tolerant=True)
     if not (folder / INDEX_NAME).is_file():
-        raise _absent(source, f"no {INDEX_NAME} there, so no pipeline (a single model is loaded by its class)")
+        raise absent(source, f"no {INDEX_NAME} there, so no pipeline (a single model is loaded by its class)")
     return folder
 
 
@@ -255,64 +251,3 @@ def _cached(source: Source) -> Path:
             ignore_patterns=["*"],  # nothing need be there: what is needed is looked for afterwards
         )
     )
-
-
-def _asked(source: Source, ask: Callable[[], _T]) -> _T:
-    try:
-        return ask()
-    except _failures() as error:
-        raise _translated(source, error) from error
-
-
-def _is_offline(source: Source) -> bool:
-    from huggingface_hub import constants
-
-    return source.local_files_only or bool(constants.HF_HUB_OFFLINE)
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What the hub's client raises when it cannot deliver. Its HTTP library changed names, hence the search for one."""
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-
-    http_errors = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
-    return (OSError, EntryNotFoundError, *http_errors)
-
-
-def _absent(source: Source, what: str) -> CheckpointError:
-    if not _is_offline(source):
-        return CheckpointError(f"{source.id}: {what}.")
-    return DownloadError(f"{source.id}: {what}, and floyd is offline. {_GO_ONLINE}")
-
-
-_GO_ONLINE = "Load it once with a network (without local_files_only and HF_HUB_OFFLINE), or give a local folder."
-
-
-def _translated(source: Source, error: Exception) -> DownloadError:
-    """Say what to do about a failure of the hub's client."""
-    from huggingface_hub import constants, errors
-
-    page = f"{constants.ENDPOINT}/{source.id}"
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # not in the cache either; why the cache had to do is what matters
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.GatedRepoError):
-        advice = (
-            f"is gated: log in to {page} and accept the licence there, then pass token=... or run `hf auth login`. "
-            "A fine-grained token needs the permission to read gated repositories."
-        )
-    elif isinstance(error, errors.RevisionNotFoundError):
-        advice = f"has no revision {source.revision!r}: see {page}/refs."
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        advice = f"was not found, or is private: check the name at {page}, and pass token=... if it is private."
-    elif isinstance(error, errors.LocalTokenNotFoundError):
-        advice = "was asked for with token=True, but no token is stored: run `hf auth login` or pass the token."
-    elif _is_offline(source):
-        cache = source.cache_dir or constants.HF_HUB_CACHE
-        advice = f"is not in the cache ({cache}), and floyd is offline. {_GO_ONLINE}"
-    elif status in {401, 403}:
-        advice = f"is not open to you (HTTP {status}): pass a valid token=... or run `hf auth login`, and see {page}."
-    elif status is not None:
-        advice = f"could not be fetched, the hub answered HTTP {status}: try again later, or give a local folder."
-    else:
-        advice = f"could not be fetched ({type(error).__name__}: {error}): check the network, or give a local folder."
-    return DownloadError(f"{source.id} {advice}")

@@ -34,6 +34,7 @@ class _Class(NamedTuple):
     targets: tuple[str, ...]  # "module:attribute"; the first that exists
     has_weights: bool = False
     alias_of: str | None = None  # the name to write instead
+    has_precision: bool = True  # False: its weights are the same in every variant
 
 
 CLASSES: dict[ComponentType, _Class] = {
@@ -52,8 +53,8 @@ CLASSES: dict[ComponentType, _Class] = {
         },
         "deepfloyd_if": {
             "IFSafetyChecker": _Class(("floyd.models.safety:IFSafetyChecker",), has_weights=True),
-            "IFWatermarker": _Class(("floyd.models.watermark:IFWatermarker",), has_weights=True),
-            "IFWatermark": _Class(("floyd.models.watermark:IFWatermarker",), True, "IFWatermarker"),
+            "IFWatermarker": _Class(("floyd.models.watermark:IFWatermarker",), True, has_precision=False),
+            "IFWatermark": _Class(("floyd.models.watermark:IFWatermarker",), True, "IFWatermarker", False),
         },
         "transformers": {
             "T5EncoderModel": _Class(("transformers:T5EncoderModel",), has_weights=True),
@@ -90,7 +91,12 @@ class ModelIndex:
 
 def read_index(folder: str | os.PathLike[str]) -> ModelIndex:
     path = Path(folder) / INDEX_NAME
-    content = read_json(path)
+    return index_of(read_json(path), path)
+
+
+def index_of(content: Mapping[str, Any], path: object) -> ModelIndex:
+    """The same from what the file holds; `path` is for complaints."""
+    content = dict(content)
     class_name = content.pop("_class_name", None)
     if not isinstance(class_name, str):
         raise CheckpointError(f"{path} does not say which pipeline it describes: `_class_name` is {class_name!r}.")
@@ -106,7 +112,7 @@ def read_index(folder: str | os.PathLike[str]) -> ModelIndex:
     return ModelIndex(class_name=class_name, components=components, values=values, foreign=foreign)
 
 
-def _component(path: Path, name: str, library: str | None, class_name: str | None) -> ComponentType | None:
+def _component(path: object, name: str, library: str | None, class_name: str | None) -> ComponentType | None:
     if not name.isidentifier():  # it becomes a folder's name
         raise CheckpointError(f"{path} names a component {name!r}, which cannot be a folder of the checkpoint.")
     if library is None and class_name is None:
@@ -149,6 +155,12 @@ def resolve(library: str, class_name: str) -> type:
 def has_weights(component: ComponentType) -> bool:
     row = CLASSES.get(component)
     return row is not None and row.has_weights
+
+
+def has_precision(component: ComponentType | None) -> bool:
+    """Whether a variant such as "fp16" of its weights is to be expected: a watermark is bytes in all of them."""
+    row = None if component is None else CLASSES.get(component)
+    return row is not None and row.has_weights and row.has_precision
 
 
 def type_of(component: object) -> ComponentType:

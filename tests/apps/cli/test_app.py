@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 import floyd
 from floyd.apps.cli.app import app
 from floyd.apps.cli.refusals import Commands, refusing
-from floyd.errors import CheckpointError
+from floyd.errors import CheckpointError, DownloadError
 
 HEAVY = ("torch", "transformers", "numpy", "PIL", "huggingface_hub", "safetensors")
-COMMANDS = ("generate", "info", "judge", "eval", "train-mini")
+COMMANDS = ("generate", "info", "judge", "eval", "train-mini", "download", "doctor")
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +31,18 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["generate", "--help"], ["eval", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--help"],
+        ["generate", "--help"],
+        ["eval", "--help"],
+        ["download", "--help"],
+        ["doctor", "--help"],
+        ["--version"],
+    ],
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import atexit, sys\n"
@@ -110,6 +121,13 @@ def test_what_is_refused_while_checking_is_one_line(error: Exception) -> None:
 def test_floyds_own_errors_are_one_line_at_any_time() -> None:
     result = CliRunner().invoke(command_that_raises(CheckpointError("broken"), while_checking=False), ["fail"])
     assert (result.exit_code, result.stderr) == (2, "floyd: broken\n")
+
+
+@pytest.mark.parametrize("while_checking", [True, False])
+def test_a_hub_that_does_not_deliver_is_not_the_callers_fault(while_checking: bool) -> None:
+    failing = command_that_raises(DownloadError("the hub is down"), while_checking=while_checking)
+    result = CliRunner().invoke(failing, ["fail"])
+    assert (result.exit_code, result.stderr) == (1, "floyd: the hub is down\n")
 
 
 @pytest.mark.parametrize("error", [ValueError("a fault of ours"), ZeroDivisionError("as well")])

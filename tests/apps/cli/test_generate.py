@@ -71,6 +71,18 @@ def test_the_file_says_what_made_it(generate: Callable[..., Result], folder: Pat
     }
 
 
+def test_a_size_of_two_numbers_is_that_of_the_last_picture(generate: Callable[..., Result], tmp_path: Path) -> None:
+    """And what made it makes it again."""
+    result = generate("--size", "101x75", "--stages-dir", str(tmp_path / "stages"))
+    assert result.exit_code == 0, result.stderr
+    assert pixels(tmp_path / "picture.png").shape == (75, 101, 3)
+    assert pixels(tmp_path / "stages" / "picture-50x38.png").shape == (38, 50, 3)
+    assert read_info(tmp_path / "picture.png")["size"] == "101x75"
+    assert "50x38 px: " in result.stderr
+    generate("--size", "101x75", output="again.png")
+    assert np.array_equal(pixels(tmp_path / "again.png"), pixels(tmp_path / "picture.png"))
+
+
 def test_what_made_a_picture_makes_it_again(generate: Callable[..., Result], tmp_path: Path) -> None:
     """The kept pictures of the stages, too."""
     generate("--seed", "9", "--steps", "smart27,2", "--size", "96", "--stages-dir", str(tmp_path / "stages"))
@@ -159,7 +171,10 @@ def test_a_model_is_loaded_as_asked(folder: Path, tmp_path: Path, monkeypatch: p
         ("picture.png", ["--stages-dir", "{tmp}/file.txt"], "is a file"),
         ("picture.png", ["--size", "100"], "size must be one of 48, 96, 384"),
         ("picture.png", ["--size", "big"], "--size"),
-        ("picture.png", ["--steps", "0"], "number of inference steps must be in [1, 1000], got 0"),
+        ("picture.png", ["--size", "96x"], "width and height as in 384x256; got '96x'"),
+        ("picture.png", ["--size", "0x64"], "The width of size must be a number of pixels"),
+        ("picture.png", ["--size", "402x255"], "400x256 would do"),
+        ("picture.png", ["--steps", "0"], "num_inference_steps must be a positive int, got 0"),
         ("picture.png", ["--steps", "2000"], "got 2000"),
         ("picture.png", ["--steps", "fast28"], "fast28"),
         ("picture.png", ["--steps", "2,"], "steps must be"),

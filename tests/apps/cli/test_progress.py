@@ -67,3 +67,42 @@ def test_on_a_terminal_a_bar_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "64 px" in terminal.getvalue()
     assert "2/2" in terminal.getvalue()
     assert "loss 0.25" in terminal.getvalue()
+
+
+def test_bytes_are_counted_as_the_hub_counts_them(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(in_bytes=True) as bars:
+        bars.start("org/name", 8_600_000_000, done=600_000_000)
+        clock.now_s += 20
+        bars.step(2_000_000_000)
+        bars.note("the connection broke off")
+        clock.now_s += 11
+        bars.step(-2_000_000_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "org/name: 2.6 GB/8.6 GB, 1:00 left",
+        "org/name: the connection broke off",
+        "org/name: 600 MB/8.6 GB, begun",
+    ]
+
+
+def test_quiet_is_quiet_about_notes_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(quiet=True, in_bytes=True) as bars:
+        bars.start("org/name", 1)
+        bars.note("the connection broke off")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_on_a_terminal_bytes_and_notes_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "140")
+    with progress(in_bytes=True) as bars:
+        bars.start("org/name", 2_000_000)
+        bars.step(1_000_000)
+        bars.note("the connection broke off")
+    assert "1.0/2.0 MB" in terminal.getvalue()
+    assert "the connection broke off" in terminal.getvalue()

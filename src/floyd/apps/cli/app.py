@@ -1,4 +1,4 @@
-"""`floyd generate`, `floyd info`, `floyd judge`, `floyd eval`, `floyd train-mini`.
+"""`floyd generate`, `floyd info`, `floyd judge`, `floyd eval`, `floyd train-mini`, `floyd download`, `floyd doctor`.
 
 Whatever takes time to import (torch, transformers, PIL, numpy) is imported by the command that needs it: help is
 immediate.
@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from floyd.apps.cli.doctor import doctor
+from floyd.apps.cli.download import download
 from floyd.apps.cli.evaluate import evaluate
 from floyd.apps.cli.generate import generate
 from floyd.apps.cli.info import info, judge
@@ -28,6 +30,8 @@ app.command("info")(info)
 app.command("judge")(judge)
 app.command("eval")(evaluate)
 app.command("train-mini")(train_mini)
+app.command("download")(download)
+app.command("doctor")(doctor)
 
 
 def _version(is_asked: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from floyd.apps.cli.generate import Guide, Steps
-from floyd.apps.cli.models import Device, Dtype, Models, Quiet, Threads, hash_of, load, name_of
+from floyd.apps.cli.models import Device, Dtype, Models, Quiet, Threads, Variant, hash_of, load, name_of
 from floyd.apps.cli.progress import progress
 from floyd.apps.cli.refusals import refusing
 from floyd.apps.settings import Settings
@@ -39,6 +39,10 @@ Sizes = Annotated[
         show_default="the first stage's, 64",
     ),
 ]
+Rendered = Annotated[
+    bool,
+    typer.Option("--rendered", help="Begin with the scenes themselves, drawn: measures what enlarging alone keeps."),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Another seed, other prompts and pictures.")]
 Batch = Annotated[int, typer.Option(min=1, help="How many pictures to paint at once.")]
 JsonFile = Annotated[
@@ -53,11 +57,13 @@ Pictures = Annotated[
 def evaluate(
     num_prompts: Prompts = 500,
     sizes: Sizes = None,
+    rendered: Rendered = False,
     seed: Seed = 0,
     steps: Steps = None,
     guidance: Guide = None,
     batch: Batch = 32,
     model: Models = None,
+    variant: Variant = None,
     json_file: JsonFile = None,
     pictures: Pictures = None,
     dtype: Dtype = None,
@@ -74,12 +80,14 @@ def evaluate(
         settings = Settings.parsed(steps=steps, guidance=guidance)
         wanted = parsed_sizes(sizes)
         check_paths(json_file, pictures)
-        cascade = load(model, dtype=dtype, device=device, threads=threads)
+        cascade = load(model, variant=variant, dtype=dtype, device=device, threads=threads)
 
-        from floyd.apps.evaluate import CascadePainter, check_sizes, prompts, report
+        from floyd.apps.evaluate import CascadePainter, Painter, RenderedFirst, check_sizes, prompts, report
         from floyd.apps.evaluate import evaluate as answered
 
-        painter = CascadePainter(cascade, settings)
+        painter: Painter = CascadePainter(cascade, settings)
+        if rendered:
+            painter = RenderedFirst(painter)
         wanted = check_sizes(painter, wanted)
         asked = prompts(num_prompts, seed=seed)
     with progress(quiet=quiet) as bars:
@@ -88,8 +96,8 @@ def evaluate(
     result = report(answers, wanted)
     if json_file is not None:
         origin = {
-            "model": name_of(model), "model_hash": hash_of(model), "prompts": num_prompts, "seed": seed,
-            "steps": steps, "guidance": guidance,
+            "model": name_of(model), "model_hash": hash_of(model), "variant": variant, "prompts": num_prompts,
+            "seed": seed, "rendered": rendered, "steps": steps, "guidance": guidance,
         }  # fmt: skip
         json_file.write_text(json.dumps({**origin, **result.to_json()}, indent=2) + "\n")
     if pictures is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from floyd.apps.cli.models import Device, Dtype, Models, Quiet, Threads, hash_of, load, name_of
+from floyd.apps.cli.models import Device, Dtype, Models, Quiet, Threads, Variant, hash_of, load, name_of
 from floyd.apps.cli.progress import Bars, progress
 from floyd.apps.cli.refusals import refusing
 from floyd.apps.settings import Settings
@@ -49,10 +50,11 @@ Guide = Annotated[
 ]
 Negative = Annotated[str | None, typer.Option(help="What the picture should not show.", show_default=False)]
 Size = Annotated[
-    int | None,
+    str | None,
     typer.Option(
-        metavar="64|256|1024",
-        help="Side in pixels: that of one of the cascade's stages, after which it stops.",
+        metavar="64|256|1024|WxH",
+        help="Side in pixels: that of one of the cascade's stages, after which it stops. Or width and height of the "
+        "picture that comes out last, as in 1536x1024; any will do.",
         show_default="the largest, 1024 px",
     ),
 ]
@@ -83,6 +85,7 @@ def generate(
     batch: Batch = 1,
     stages_dir: StagesDir = None,
     model: Models = None,
+    variant: Variant = None,
     dtype: Dtype = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -97,13 +100,15 @@ def generate(
         check_text("negative prompt", negative_prompt or "")
         files = Files.checked(output, count, stages_dir)
         settings = Settings.parsed(steps=steps, guidance=guidance)
-        cascade = load(model, dtype=dtype, device=device, threads=threads)
-        options = settings.options(stages_up_to(cascade, size))
+        wanted = parsed_size(size)
+        cascade = load(model, variant=variant, dtype=dtype, device=device, threads=threads)
+        sizes = {name: written(sides, cascade.sizes[name]) for name, sides in cascade.sizes_for(wanted).items()}
+        options = settings.options(list(sizes))
         calls = [
             cascade.run(
                 prompt,
                 negative_prompt=negative_prompt,
-                size=size,
+                size=wanted,
                 seed=seed + first,
                 count=min(batch, count - first),
                 options=options,
@@ -115,6 +120,7 @@ def generate(
         **({} if negative_prompt is None else {"negative_prompt": negative_prompt}),
         "model": name_of(model),
         "model_hash": hash_of(model),
+        **({} if variant is None else {"variant": variant}),
         "dtype": str(cascade.stages["stage_1"].dtype).removeprefix("torch."),
         "device": cascade.stages["stage_1"].device.type,
     }
@@ -123,7 +129,7 @@ def generate(
         with progress(quiet=quiet) as bars:
             for call in calls:
                 result, num_steps = painted(call, bars, _nth(done, batch, count))
-                histories = histories_of(cascade, options, num_steps)
+                histories = histories_of(cascade, options, num_steps, sizes)
                 for i, own_seed in enumerate(result.seeds):
                     files.save(done, result, i, {**story, "seed": str(own_seed)}, histories)
                     done += 1
@@ -145,12 +151,13 @@ def check_text(name: str, text: str) -> None:
 def painted(events: Iterator[Event], bars: Bars, which: str) -> tuple[CascadeResult, dict[str, int]]:
     """What the events end with, and how many steps each stage took."""
     from floyd.pipelines.events import Done, StageStarted, StepDone
+    from floyd.pipelines.sizes import shown
 
     num_steps: dict[str, int] = {}
     for event in events:
         if isinstance(event, StageStarted):
             num_steps[event.stage] = event.num_steps
-            bars.start(f"{which}{event.size} px", event.num_steps)
+            bars.start(f"{which}{shown((event.width, event.height))}", event.num_steps)
         elif isinstance(event, StepDone):
             bars.step()
         elif isinstance(event, Done):
@@ -158,14 +165,26 @@ def painted(events: Iterator[Event], bars: Bars, which: str) -> tuple[CascadeRes
     raise AssertionError("a cascade ends with Done")
 
 
-def stages_up_to(cascade: Cascade, size: int | None) -> list[str]:
-    """Which stages run; all of them for a size that none reaches, which the cascade itself refuses."""
-    names, sides = list(cascade.sizes), list(cascade.sizes.values())
-    return names[: sides.index(size) + 1] if size in sides else names
+def parsed_size(text: str | None) -> int | tuple[int, int] | None:
+    """What `--size` says, as the cascade takes it; whether it can be made is the cascade's to say."""
+    if text is None:
+        return None
+    if match := re.fullmatch(r"\s*(\d+)(?:\s*[x×]\s*(\d+))?\s*", text, re.IGNORECASE | re.ASCII):
+        width, height = match.groups()
+        return int(width) if height is None else (int(width), int(height))
+    raise ValueError(f"--size must be one number of pixels, or width and height as in 384x256; got {text!r}.")
+
+
+def written(sides: tuple[int, int], own_side: int) -> str:
+    """As `parsed_size` reads it: one number if it is what the stage paints by itself."""
+    return str(own_side) if sides == (own_side, own_side) else f"{sides[0]}x{sides[1]}"
 
 
 def histories_of(
-    cascade: Cascade, options: Mapping[str, Mapping[str, Any]], num_steps: Mapping[str, int]
+    cascade: Cascade,
+    options: Mapping[str, Mapping[str, Any]],
+    num_steps: Mapping[str, int],
+    sizes: Mapping[str, str],
 ) -> dict[str, dict[str, str]]:
     """For each stage that ran, what makes its picture again: all values up to it, as the options take them."""
     steps, guidance, histories = [], [], {}
@@ -175,7 +194,7 @@ def histories_of(
         steps.append(str(options[name].get("timesteps", count)))
         guidance.append(f"{told.get('guidance_scale', default):g}")
         histories[name] = {
-            "size": str(cascade.sizes[name]),
+            "size": sizes[name],
             "steps": ",".join(steps),
             "guidance": ",".join(guidance),
         }

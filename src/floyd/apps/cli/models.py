@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from floyd.apps.names import expanded
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,10 +21,13 @@ Models = Annotated[
     list[str] | None,
     typer.Option(
         "--model",
-        help="A folder of stages, or (given once for each stage) up to three folders or hub ids of pipelines. "
-        "The built-in checkpoint if not given.",
+        help="A folder of stages, or (given once for each stage) up to three folders or hub ids of pipelines; "
+        "if-m, if-l, if-xl are DeepFloyd's. The built-in checkpoint if not given.",
         show_default=False,
     ),
+]
+Variant = Annotated[
+    str | None, typer.Option(help="Which files of the weights, as in fp16.", show_default="the plain ones")
 ]
 Dtype = Annotated[
     str | None, typer.Option(help="Precision of the weights: float32, float16 or bfloat16.", show_default="float32")
@@ -32,13 +37,24 @@ Threads = Annotated[int | None, typer.Option(min=1, help="How many CPU threads t
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing unless something is wrong.")]
 
 
-def load(models: Sequence[str] | None, *, dtype: str | None, device: str, threads: int | None) -> Cascade:
+def load(
+    models: Sequence[str] | None,
+    *,
+    dtype: str | None,
+    device: str,
+    threads: int | None,
+    variant: str | None = None,
+) -> Cascade:
     """Takes seconds: torch and transformers are imported here."""
     from floyd.pipelines.cascade import Cascade
 
     prepare(threads)
     options: dict[str, Any] = {"torch_dtype": dtype, "device_map": device_named(device)}
-    return Cascade.from_pretrained(*models, **options) if models else Cascade.built_in(**options)
+    if not models:
+        if variant is not None:
+            raise ValueError(f"The built-in checkpoint has no variants, so --variant {variant} needs a --model.")
+        return Cascade.built_in(**options)
+    return Cascade.from_pretrained(*expanded(models), variant=variant, **options)
 
 
 def prepare(threads: int | None) -> None:
@@ -53,25 +69,19 @@ def prepare(threads: int | None) -> None:
 
 def device_named(name: str) -> torch.device:
     """The device, if this machine has it."""
-    import torch
-
     from floyd.pipelines.base import device_of_map
 
     device = device_of_map(name)
     assert device is not None
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"This machine cannot compute on {name!r}: {str(error).splitlines()[0]}") from error
     return device
 
 
 def name_of(models: Sequence[str] | None) -> str:
-    return ", ".join(models) if models else BUILT_IN
+    return ", ".join(expanded(models)) if models else BUILT_IN
 
 
 def hash_of(models: Sequence[str] | None) -> str:
     """Of all files of a folder, or the commit of a hub id."""
     from floyd.store.fingerprint import fingerprint
 
-    return ", ".join(fingerprint(model) for model in models or [str(files("floyd") / "mini")])
+    return ", ".join(fingerprint(model) for model in expanded(models or [str(files("floyd") / "mini")]))

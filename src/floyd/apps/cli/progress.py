@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
+
+from floyd.store.files import told_size
 
 EVERY_S = 10.0  # between two lines
 
@@ -18,27 +20,38 @@ class Bars(Protocol):
     def step(self, count: int = 1, note: str = "") -> None:
         """So many more were made."""
 
+    def note(self, text: str) -> None:
+        """Something happened on the way."""
+
 
 @contextmanager
-def progress(*, quiet: bool = False) -> Iterator[Bars]:
-    """On stderr: stdout is for results."""
+def progress(*, quiet: bool = False, in_bytes: bool = False) -> Iterator[Bars]:
+    """On stderr: stdout is for results. A step is a byte if so said."""
     if quiet:
         yield _Silence()
     elif sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            *((DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)),
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=Console(stderr=True)) as bar:
             yield _Drawn(bar)
     else:
-        yield _Lines()
+        yield _Lines(told_size if in_bytes else str)
 
 
 class _Silence:
@@ -46,6 +59,9 @@ class _Silence:
         """Not told."""
 
     def step(self, count: int = 1, note: str = "") -> None:
+        """Not told."""
+
+    def note(self, text: str) -> None:
         """Not told."""
 
 
@@ -60,9 +76,13 @@ class _Drawn:
     def step(self, count: int = 1, note: str = "") -> None:
         self._bar.update(self._task, advance=count, note=note)
 
+    def note(self, text: str) -> None:
+        self._bar.update(self._task, note=text)
+
 
 class _Lines:
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[int], str]) -> None:
+        self._number = told
         self._label, self._total, self._before, self._done = "", 0, 0, 0
         self._begun = self._told = time.monotonic()
 
@@ -77,9 +97,14 @@ class _Lines:
         if left > 0 and now - self._told < EVERY_S:
             return
         self._told = now
-        ending = f"{_clock(spent_s / made * left)} left" if left > 0 else f"in {_clock(spent_s)}"
+        rest = f"{_clock(spent_s / made * left)} left" if made > 0 else "begun"
+        ending = rest if left > 0 else f"in {_clock(spent_s)}"
         note = f"  {note}" if note else ""
-        print(f"{self._label}: {self._done}/{self._total}, {ending}{note}", file=sys.stderr, flush=True)
+        reached = f"{self._number(self._done)}/{self._number(self._total)}"
+        print(f"{self._label}: {reached}, {ending}{note}", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        print(f"{self._label}: {text}", file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

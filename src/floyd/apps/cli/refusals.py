@@ -1,4 +1,5 @@
-"""How the command says no: one line on stderr, and exit code 2 for what was asked or 130 for Ctrl-C.
+"""How the command says no: one line on stderr, and exit code 2 for what was asked, 1 for a hub that did not deliver,
+or 130 for Ctrl-C.
 
 Any other exception is a fault of floyd's own, and keeps its traceback.
 """
@@ -13,8 +14,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from floyd.errors import FloydError
+from floyd.errors import DownloadError, FloydError
 
+FAILED = 1
 REFUSED = 2
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
@@ -26,6 +28,8 @@ def refusing() -> Iterator[None]:
     """Around whatever looks at arguments before any work: there, these errors are the caller's."""
     try:
         yield
+    except DownloadError:
+        raise
     except (FloydError, ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
 
@@ -54,7 +58,7 @@ class Commands(TyperGroup):
             code = REFUSED
         except FloydError as error:
             say(str(error))
-            code = REFUSED
+            code = FAILED if isinstance(error, DownloadError) else REFUSED
         if not standalone_mode:
             return code
         sys.exit(code if isinstance(code, int) else 0)

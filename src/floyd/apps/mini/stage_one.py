@@ -55,6 +55,7 @@ SCHEDULER: dict[str, Any] = {
 }
 # Of the noise's error at the noisy end: the weight of the clean picture's error down to a log SNR of -4.
 MOST_WEIGHT = 60.0
+FINISH_SNR = 100.0  # of whole pictures, up to which the noise itself is asked for: less leaves grain
 CLEAN_WEIGHT = 3.0  # of what the heads on the inner levels are told
 THING_WEIGHT = 8.0  # of a pixel of a thing, over one of the background, in the same
 HEADS = (1, 2)  # on which levels going up
@@ -62,7 +63,8 @@ LOOP = LoopConfig(
     phases=(
         Phase(num_steps=2400, batch_size=32, size=16, rate=1e-3, last_rate=1e-3),
         Phase(num_steps=1800, batch_size=32, size=32, rate=1e-3, last_rate=1e-3),
-        Phase(num_steps=2000, batch_size=24, size=64, rate=1e-3, last_rate=1e-5),
+        Phase(num_steps=1060, batch_size=24, size=64, rate=1e-3, last_rate=4.8e-4),
+        Phase(num_steps=700, batch_size=24, size=64, rate=4.8e-4, last_rate=1e-5),
     ),
     optimizer="muon",
     weight_decay=0.01,
@@ -112,7 +114,8 @@ def denoising_loss(embed: Embed) -> Any:
     """The hybrid loss of stage I for `Trainer`, and what the heads are told. Pictures below 64 px train the inside."""
     schedule = NoiseSchedule.cosine()
     snr_T = log_snr(schedule).exp()
-    density_T = layout_density(schedule, low=-10.0, high=0.0, share=0.7)
+    layout_T = layout_density(schedule, low=-10.0, high=0.0, share=0.7)
+    finish_T = layout_density(schedule, low=-8.0, high=0.0, share=0.35)
 
     def loss_of(model: nn.Module, phase: Phase, step: int, generator: torch.Generator) -> Losses:
         assert isinstance(model, Apprentice)
@@ -121,17 +124,21 @@ def denoising_loss(embed: Embed) -> Any:
         clean_BCHW = pictures_of(scenes, phase.size).to(device)
         things_B1HW = things_of(scenes, phase.size).to(device)
         text_BLE = embed(texts_of(scenes, generator)).to(device)
-        t_B = stratified_timesteps(density_T, phase.batch_size, generator).to(device)
+        is_whole = phase.size == UNET["sample_size"]
+        t_B = stratified_timesteps(finish_T if is_whole else layout_T, phase.batch_size, generator).to(device)
 
         shrunk = phase.size / UNET["sample_size"]  # a mean of n pixels has a noise that is sqrt(n) times smaller
         keep_resolution(model.unet, round(-math.log2(shrunk)))
         noise_BCHW = shrunk * torch.randn(clean_BCHW.shape, generator=generator).to(device)
         out_BCHW, seen = model(schedule.noised(clean_BCHW, noise_BCHW, t_B), t_B, text_BLE)
 
-        weight_T = torch.minimum((snr_T / shrunk**2).clamp(1.0, 5.0) / snr_T, torch.tensor(MOST_WEIGHT / shrunk**2))
+        most_snr = FINISH_SNR if is_whole else 5.0
+        weight_T = torch.minimum(
+            (snr_T / shrunk**2).clamp(1.0, most_snr) / snr_T, torch.tensor(MOST_WEIGHT / shrunk**2)
+        )
         simple_B, bound_B = hybrid_loss(out_BCHW, clean_BCHW, noise_BCHW, t_B, schedule, weight_T)
         losses = {"noise": simple_B.mean()}
-        if shrunk == 1:
+        if is_whole:
             losses["variance"] = bound_B.mean()
         for picture_BCHW in seen:
             losses[f"clean_{picture_BCHW.shape[-1]}"] = losses.get(f"clean_{picture_BCHW.shape[-1]}", 0) + (
