@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what `_HOMES` says, for editors and type checkers
     from floyd.models.unet import UNet2DConditionModel
     from floyd.models.vae import AutoencoderKL
     from floyd.models.watermark import IFWatermarker
+    from floyd.pipelines.auto import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
     from floyd.pipelines.base import DiffusionPipeline
     from floyd.pipelines.cascade import Cascade
     from floyd.pipelines.deepfloyd_if import (
@@ -32,6 +33,9 @@ if TYPE_CHECKING:  # what `_HOMES` says, for editors and type checkers
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting",
+    "AutoPipelineForText2Image",
     "AutoencoderKL",
     "Cascade",
     "DDIMScheduler",
@@ -56,6 +60,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AutoPipelineForImage2Image": "floyd.pipelines.auto",
+    "AutoPipelineForInpainting": "floyd.pipelines.auto",
+    "AutoPipelineForText2Image": "floyd.pipelines.auto",
     "AutoencoderKL": "floyd.models.vae",
     "Cascade": "floyd.pipelines.cascade",
     "DDIMScheduler": "floyd.schedulers.ddim",

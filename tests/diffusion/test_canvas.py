@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from floyd.diffusion.canvas import Canvas
 from floyd.diffusion.noise import Noise
@@ -83,3 +85,75 @@ def test_a_mask_without_a_picture_is_refused():
 def test_what_is_no_batch_of_pictures_is_refused(picture):
     with pytest.raises(ValueError, match="batch of floating point pictures"):
         Canvas(picture)
+
+
+SIDES = st.integers(1, 19)
+
+
+@settings(max_examples=40, deadline=None)
+@given(height=SIDES, width=SIDES, multiple=st.sampled_from([1, 2, 8]), masked=st.booleans())
+def test_a_widened_canvas_hands_out_what_it_was_made_of(height, width, multiple, masked):
+    picture = torch.rand(2, 3, height, width)
+    mask = (torch.rand(1, 1, height, width) > 0.5).float() if masked else None
+    canvas = Canvas(picture, mask_B1HW=mask).widened(multiple)
+    rows, columns = canvas.picture_BCHW.shape[2:]
+    assert rows % multiple == columns % multiple == 0
+    assert rows - height < multiple
+    assert columns - width < multiple
+    assert canvas.sides == (height, width)
+    assert torch.equal(canvas.cropped(canvas.picture_BCHW), picture)
+    assert torch.equal(canvas.picture_BCHW, canvas.extended(picture))
+    x = torch.randn(2, 3, rows, columns)
+    expected = Canvas(picture, mask_B1HW=mask).keep(x[..., :height, :width])
+    assert torch.equal(canvas.finished(canvas.keep(x)), expected)
+
+
+@pytest.mark.parametrize("canvas", [Canvas.blank(1, 8, 16), Canvas(PICTURE, mask_B1HW=MASK)])
+def test_a_canvas_that_fits_is_left_as_it_is(canvas):
+    assert canvas.widened(8) is canvas
+    x = torch.randn(canvas.picture_BCHW.shape)
+    assert canvas.cropped(x) is canvas.extended(x) is canvas.finished(x) is x
+
+
+def test_the_margin_continues_the_edge():
+    canvas = Canvas(PICTURE[..., :5, :6], mask_B1HW=MASK[..., :5, :6], soft_B1HW=MASK[..., :5, :6] / 2).widened(8)
+    for whole, part in ((canvas.picture_BCHW, PICTURE), (canvas.mask_B1HW, MASK), (canvas.soft_B1HW, MASK / 2)):
+        assert whole.shape[2:] == (8, 8)
+        assert torch.equal(whole[..., 5:, :6], part[..., 4:5, :6].expand(-1, -1, 3, -1))
+        assert torch.equal(whole[..., :, 6:], whole[..., :, 5:6].expand(-1, -1, -1, 2))
+
+
+def test_a_blank_canvas_draws_noise_for_its_margin_too():
+    canvas = Canvas.blank(2, 7, 7).widened(8)
+    assert canvas.is_blank
+    assert torch.equal(canvas.first(SCHEDULE, 999, Noise.seeded(0)), Noise.seeded(0)(PICTURE))
+
+
+def test_a_part_can_be_changed_and_the_margin_stays():
+    canvas, x = Canvas.blank(1, 5, 6).widened(8), torch.randn(1, 3, 8, 8)
+    changed = canvas.with_cropped(x, torch.zeros(1, 3, 5, 6))
+    assert torch.equal(changed[..., :5, :6], torch.zeros(1, 3, 5, 6))
+    assert torch.equal(changed[..., 5:, :], x[..., 5:, :])
+    assert x[..., :5, :6].any(), "the given one is left alone"
+
+
+def test_a_soft_mask_counts_in_the_end_alone():
+    canvas = Canvas(PICTURE, mask_B1HW=MASK, soft_B1HW=MASK / 4)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(canvas.keep(x), Canvas(PICTURE, mask_B1HW=MASK).keep(x))
+    finished = canvas.finished(canvas.keep(x))
+    assert torch.equal(finished[..., 4:], PICTURE[..., 4:])
+    torch.testing.assert_close(finished[..., :4], 0.75 * PICTURE[..., :4] + 0.25 * x[..., :4])
+
+
+def test_a_soft_mask_that_repaints_what_is_kept_is_refused():
+    with pytest.raises(ValueError, match="soft mask must not repaint"):
+        Canvas(PICTURE, mask_B1HW=MASK, soft_B1HW=torch.full((1, 1, 8, 8), 0.1))
+    with pytest.raises(ValueError, match="soft mask must not repaint"):
+        Canvas(PICTURE, soft_B1HW=MASK)
+
+
+@pytest.mark.parametrize("size", [(0, 8), (8, 9)])
+def test_a_size_beyond_the_canvas_is_refused(size):
+    with pytest.raises(ValueError, match="size must lie within"):
+        Canvas(PICTURE, size=size)

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from floyd.diffusion.canvas import Canvas
 from floyd.diffusion.conditioning import Conditioning, low_res_condition
 from floyd.diffusion.noise import Noise
 from floyd.diffusion.schedule import NoiseSchedule
@@ -64,3 +65,21 @@ def test_the_picture_to_enlarge_is_enlarged_corner_to_corner_and_noised_once():
 def test_a_noise_level_outside_the_schedule_is_refused(level):
     with pytest.raises(ValueError, match=r"noise_level must be in \[0, 1000\)"):
         low_res_condition(torch.rand(1, 3, 4, 4), (8, 8), level, NoiseSchedule.cosine(), Noise())
+
+
+def test_a_picture_is_enlarged_to_what_is_handed_out_and_continued_to_the_margin():
+    schedule, image = NoiseSchedule.cosine(), torch.rand(1, 3, 4, 6) * 2 - 1
+    canvas = Canvas.blank(1, 7, 11).widened(8)
+    noised, _ = low_res_condition(image, canvas.sides, 250, schedule, Noise.seeded(0), extended=canvas.extended)
+    enlarged = F.interpolate(image, (7, 11), mode="bilinear", align_corners=True)
+    whole = F.pad(enlarged, (0, 5, 0, 1), mode="replicate")
+    assert torch.equal(noised, schedule.noised(whole, Noise.seeded(0)(whole), 250))
+
+
+def test_apart_each_image_has_its_own():
+    first, second = Conditioning(TEXT, LOW_RES, LEVEL + torch.tensor([0, 1])).apart()
+    for i, one in enumerate((first, second)):
+        assert torch.equal(one.text_BLD, TEXT[i : i + 1])
+        assert torch.equal(one.low_res_BCHW, LOW_RES[i : i + 1])
+        assert one.noise_level_B.tolist() == [4 + i]
+    assert [one.low_res_BCHW for one in Conditioning(TEXT).apart()] == [None, None]

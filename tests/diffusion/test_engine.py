@@ -5,7 +5,7 @@ import torch
 
 from floyd.diffusion.canvas import Canvas
 from floyd.diffusion.conditioning import Conditioning
-from floyd.diffusion.engine import STOP, denoise, moves
+from floyd.diffusion.engine import STOP, Change, denoise, moves
 from floyd.diffusion.guidance import Guidance
 from floyd.diffusion.limits import DynamicThreshold
 from floyd.diffusion.noise import Noise
@@ -147,6 +147,40 @@ def test_a_stopped_chain_returns_the_clean_picture_it_was_heading_for():
     x = painted(on_step=stop_at_third)
     assert len(seen) == 3
     assert torch.equal(x, seen[-1])
+
+
+def test_a_chain_goes_on_with_what_the_callback_changed():
+    last = STEPS[-1]
+
+    def from_the_start(step, x, clean):
+        return Change(x_BCHW=torch.zeros_like(x)) if step is last else None
+
+    assert torch.equal(painted(on_step=from_the_start), torch.zeros_like(PICTURE))
+
+    asked = []
+
+    def another(x, t):
+        asked.append(t)
+        return predictor(scale=1.0)(x, t)
+
+    changed = painted(on_step=lambda step, x, clean: Change(predict=another) if step.index == 2 else None)
+    assert asked == [step.t for step in STEPS[3:]]
+    assert not torch.equal(changed, painted())
+    assert torch.equal(painted(on_step=lambda step, x, clean: Change()), painted())
+
+
+def test_what_the_callback_changed_leaves_the_kept_pixels_alone():
+    canvas = Canvas(PICTURE, mask_B1HW=MASK)
+    x = painted(canvas, on_step=lambda step, x, clean: Change(x_BCHW=torch.ones_like(x)))
+    assert torch.equal(x, torch.where(MASK == 0, PICTURE, 1.0))
+
+
+def test_an_error_of_the_callback_is_the_callers_even_if_it_looks_like_an_end():
+    def exhausted(step, x, clean):
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        painted(on_step=exhausted)
 
 
 @pytest.mark.parametrize("answer", [True, False, 0, "stop"])

@@ -73,3 +73,30 @@ def test_branches_are_combined_in_float32_whatever_the_network_computes_in(dtype
 def test_an_output_that_is_neither_target_nor_target_and_variance_is_refused(shape):
     with pytest.raises(ValueError, match="must return 3 channels, or 6"):
         split(torch.zeros(shape), X.shape)
+
+
+def test_apart_the_network_sees_one_image_of_one_branch_at_a_time():
+    texts = [Conditioning(torch.tensor([[[value]], [[value + 0.5]]])) for value in (0.0, 1.0, 5.0)]
+    guidance = Guidance(texts[0], ((texts[1], 3.0), (texts[2], 1.0)))
+    seen, told = [], []
+
+    def network_for(conditioning):
+        told.append(conditioning.text_BLD.item())
+
+        def watched(x, t, other):
+            seen.append((len(x), other.text_BLD.item()))
+            return network(x, t, other)
+
+        return watched
+
+    together, apart = guidance.predictor(network)(X, 10), guidance.predictor_apart(network_for)(X, 10)
+    for part, wanted in zip(apart, together, strict=True):
+        torch.testing.assert_close(part, wanted)
+    assert told == [0.0, 1.0, 5.0, 0.5, 1.5, 5.5]
+    assert seen == [(1, text) for text in told]
+
+
+def test_apart_a_network_without_variance_has_none():
+    predict = Guidance.classifier_free(TEXT, None, 1.0).predictor_apart(lambda _: lambda x, t, told: x)
+    assert predict(X, 0).variance_BCHW is None
+    assert torch.equal(predict(X, 0).target_BCHW, X)

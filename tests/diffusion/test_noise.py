@@ -70,3 +70,18 @@ def test_a_seed_on_the_cpu_gives_the_same_noise_on_the_gpu():
     assert torch.equal(Noise.seeded(1)(LIKE.cuda()).cpu(), Noise.seeded(1)(LIKE))
     with pytest.raises(ValueError, match="cannot draw"):
         Noise(torch.Generator("cuda"))(LIKE)
+
+
+@pytest.mark.parametrize("seed", [4, [4, 5, 6]], ids=["one generator", "a generator for each"])
+def test_apart_images_draw_what_they_draw_together(seed):
+    together, parts = Noise.seeded(seed), Noise.seeded(seed).apart(3)
+    first, second = together(LIKE), together(LIKE)
+    alone = LIKE[:1]
+    assert torch.equal(torch.cat([parts[i](alone) for i in (2, 0, 1)]), first[[2, 0, 1]])
+    assert torch.equal(torch.cat([part(alone) for part in parts]), second)
+
+
+def test_apart_there_is_a_generator_for_each_image():
+    with pytest.raises(ValueError, match="2 generators for 3 images"):
+        Noise(generators(1, 2)).apart(3)
+    assert torch.equal(Noise.seeded([7]).apart(1)[0](LIKE[:1]), Noise.seeded(7)(LIKE[:1]))

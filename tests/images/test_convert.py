@@ -9,12 +9,20 @@ import torch
 from PIL import Image
 
 from floyd.images.convert import UNIT, numpy_to_pil, pt_to_numpy, pt_to_pil, to_output, to_tensor, to_unit
+from floyd.images.mask import mask_to_tensor
 from floyd.images.resize import resize_short_side
 
 
 def picture(width: int = 10, height: int = 6, mode: str = "RGB") -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.mark.parametrize("mode", Image.MODES)
+def test_every_mode_that_pillow_has_becomes_three_channels(mode: str) -> None:
+    x_BCHW = to_tensor(Image.new(mode, (4, 3)))
+    assert x_BCHW.shape == (1, 3, 3, 4)
+    assert mask_to_tensor(Image.new(mode, (4, 3))).shape == (1, 1, 3, 4)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV"])
@@ -58,6 +66,18 @@ def test_the_same_pixels_give_the_same_tensor_however_they_come() -> None:
         torch.testing.assert_close(to_tensor(way), expected_BCHW)
 
 
+@pytest.mark.parametrize("dtype", ["<f2", ">f4", "<f8", ">f8", np.longdouble])
+def test_floats_of_any_width_and_byte_order_are_read(dtype: Any) -> None:
+    signed_HWC = np.asarray(picture()) / 127.5 - 1
+    turned_HWC = signed_HWC[::-1, ::-1].astype(dtype)[::-1, ::-1]  # strides that torch does not know
+    torch.testing.assert_close(to_tensor(turned_HWC), to_tensor(picture()), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_tensors_of_floats_of_any_width_are_read(dtype: torch.dtype) -> None:
+    torch.testing.assert_close(to_tensor(to_tensor(picture()).to(dtype)), to_tensor(picture()), atol=5e-3, rtol=0)
+
+
 def test_a_range_is_stretched_only_on_request() -> None:
     half_CHW = torch.full((3, 2, 2), 0.5)
     assert torch.equal(to_tensor(half_CHW), half_CHW[None])
@@ -95,6 +115,8 @@ def test_the_given_tensor_is_not_shared() -> None:
         (torch.zeros(1, 4, 8, 8), "got 4"),
         (torch.full((3, 2, 2), 255.0), "255"),
         (torch.full((3, 2, 2), float("nan")), "nan"),
+        (np.zeros((2, 0, 3)), "is empty"),
+        (torch.zeros(0, 3, 4, 4), "is empty"),
     ],
 )
 def test_a_picture_that_cannot_be_read_is_refused(images: Any, said: str) -> None:

@@ -19,6 +19,8 @@ def test_wide_pictures_are_refused_where_the_scale_is_unknown(dtype: type) -> No
     assert to_rgb(Image.fromarray(np.array([[0, 255]], dtype=dtype))).getpixel((1, 0)) == (255, 255, 255)
     with pytest.raises(ValueError, match="scale it first"):
         to_rgb(Image.fromarray(np.array([[0, 256]], dtype=dtype)))
+    with pytest.raises(ValueError, match="scale it first"):  # it would be black
+        to_rgb(Image.fromarray(np.array([[0, 1]], dtype=dtype)))
 
 
 def test_a_palette_with_transparency_is_read_without_a_warning() -> None:

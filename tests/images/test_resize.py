@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from floyd.images.resize import floor_picture, floor_tensor, floored_size, resize_short_side, short_side_size
+from floyd.images.resize import resize_short_side, short_side_size
 
 SIZES = [(64, 64), (100, 64), (64, 100), (1000, 333), (333, 1000), (17, 23), (512, 768), (5, 4)]
 
@@ -30,19 +29,3 @@ def test_stage_two_gets_multiples_of_sixteen(size: tuple[int, int]) -> None:
 def test_a_side_that_is_no_multiple_is_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 16, got 72"):
         short_side_size(10, 10, 72, multiple=16)
-
-
-def test_flooring_never_enlarges() -> None:
-    assert floored_size(67, 64, multiple=4) == (64, 64)
-    assert floor_picture(Image.new("RGB", (67, 66)), multiple=4).size == (64, 64)
-    assert floor_tensor(torch.zeros(1, 3, 67, 70), multiple=4).shape == (1, 3, 64, 68)
-
-
-def test_a_fitting_tensor_is_left_as_it_is() -> None:
-    x_BCHW = torch.rand(1, 3, 8, 12)
-    assert torch.equal(floor_tensor(x_BCHW, multiple=4), x_BCHW)
-
-
-def test_too_small_a_picture_is_refused() -> None:
-    with pytest.raises(ValueError, match="got 3x8"):
-        floor_picture(Image.new("RGB", (3, 8)), multiple=4)

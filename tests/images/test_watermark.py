@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -35,14 +33,12 @@ def test_pixels_equal_the_incumbents(size: tuple[int, int], watermark: np.ndarra
     assert marked.tobytes() != picture.tobytes()
 
 
-@pytest.mark.parametrize("size", [(32, 32), (17, 17), (64, 32), (40, 500)])
-def test_a_picture_below_the_models_size_is_marked_inside(size: tuple[int, int], watermark: np.ndarray) -> None:
-    box = watermark_box(*size)
-    assert box is not None
-    left, upper, right, lower = box
-    assert 0 <= left < right <= size[0]
-    assert 0 <= upper < lower <= size[1]
-    watermark[..., 3] = 255
+@pytest.mark.parametrize(
+    "size", [(32, 32), (17, 17), (64, 32), (40, 500), (16, 16), (8, 30), (1, 1), (2000, 3), (1, 4096), (4096, 4096)]
+)
+def test_a_picture_of_any_size_is_marked_inside(size: tuple[int, int], watermark: np.ndarray) -> None:
+    left, upper, right, lower = watermark_box(*size)
+    watermark[:] = 255
     picture = Image.new("RGB", size)
     changed_HW = np.any(np.asarray(draw(picture, watermark)) != 0, axis=-1)
     assert changed_HW[upper:lower, left:right].any()
@@ -50,14 +46,13 @@ def test_a_picture_below_the_models_size_is_marked_inside(size: tuple[int, int],
     assert not changed_HW.any()
 
 
-@pytest.mark.parametrize("size", [(16, 16), (1, 1), (2000, 3)])
-def test_too_small_a_picture_is_left_without(
-    size: tuple[int, int], watermark: np.ndarray, caplog: pytest.LogCaptureFixture
-) -> None:
-    picture = Image.new("RGB", size, (1, 2, 3))
-    with caplog.at_level(logging.WARNING):
-        assert draw(picture, watermark).tobytes() == picture.tobytes()
-    assert f"{size[0]}x{size[1]} px is too small" in caplog.text
+def test_the_box_lies_in_the_picture_and_is_a_square_whatever_the_size() -> None:
+    for width in (*range(1, 40), 64, 100, 333, 1024, 4096):
+        for height in (*range(1, 40), 64, 100, 333, 1024, 4096):
+            left, upper, right, lower = watermark_box(width, height)
+            assert 0 <= left < right <= width
+            assert 0 <= upper < lower <= height
+            assert right - left == lower - upper
 
 
 def test_the_given_picture_stays_unmarked(watermark: np.ndarray) -> None:

@@ -109,6 +109,11 @@ def test_a_logit_must_exceed_one_half() -> None:
     assert scores.flags(p_threshold=0.0, w_threshold=10.0) == ([True, True, True], [False, False, False])
 
 
+def test_a_score_that_is_no_number_counts_as_above() -> None:
+    numbers = torch.tensor([float("nan"), float("inf"), float("-inf"), -9.0])
+    assert SafetyScores(numbers, numbers).flags() == ([True, True, True, False],) * 2
+
+
 @pytest.mark.parametrize("kind", ["array", "tensor", "list"])
 def test_flagged_pictures_turn_black_and_the_given_ones_stay(checker: IFSafetyChecker, kind: str) -> None:
     array_BHWC = np.full((2, 4, 4, 3), 0.5)

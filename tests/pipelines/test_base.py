@@ -123,6 +123,32 @@ def test_device_map_places_the_whole_pipeline(folders: dict[str, Path]) -> None:
         DiffusionPipeline.from_pretrained(folders["two"], device_map="sideways")
 
 
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
+    folders: dict[str, Path], ours: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="cannot compute on 'cuda:99'"):
+        DiffusionPipeline.from_pretrained(folders["one"] / "..", device_map="cuda:99")  # no checkpoint is there
+    with pytest.raises(ValueError, match="cannot compute on 'cuda:99'"):
+        ours["one"].to("cuda:99")
+    with pytest.raises(ValueError, match="cannot compute on 'cuda:99'"):
+        ours["one"].enable_model_cpu_offload(device="cuda:99")
+    ours["one"]("a cat", **SMALL)  # and nothing has changed
+
+
+@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offloading_leaves_alone_what_is_quantized(ours: dict[str, Any], method: str) -> None:
+    class Quantized(torch.nn.Linear):
+        is_quantized = True
+
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            raise ValueError("a quantized network cannot be moved")
+
+    pipe = IFPipeline.from_pipe(ours["one"], text_encoder=Quantized(1, 1))
+    getattr(pipe, method)(device="meta")
+    assert pipe._device_for(pipe.unet).type == "meta"
+    assert pipe._device_for(pipe.text_encoder) == CPU
+
+
 @pytest.mark.parametrize(
     "how", [{"max_shard_size": "1MB"}, {"variant": "fp16"}, {"safe_serialization": False}], ids=str
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from floyd.errors import CheckpointError, ConfigError
+from floyd.errors import CheckpointError, ConfigError, SafetyError
 from floyd.pipelines.cascade import Cascade, Done, StageDone, StageStarted, StepDone, stage_seed
 from floyd.runtime.placement import OneAtATime
 
@@ -146,6 +147,26 @@ def test_the_caller_is_stronger_than_the_presets(cascade: Cascade) -> None:
     assert steps(options={"stage_1": {"timesteps": [500, 0]}}, size=32) == [2]
 
 
+def test_one_size_runs_through_all_stages(cascade: Cascade) -> None:
+    """The last picture's; the stages of this cascade paint 32, 48 and 192 px by themselves."""
+    events = list(cascade.run(PROMPT, size=(284, 196)))
+    started = [(e.width, e.height, e.size) for e in events if isinstance(e, StageStarted)]
+    assert started == [(47, 33, 33), (71, 49, 49), (284, 196, 196)]
+    result = events[-1].result
+    assert [images[0].size for images in result.stages.values()] == [(47, 33), (71, 49), (284, 196)]
+    previews = [e.preview()[0].size for e in events if isinstance(e, StepDone)]
+    assert previews == [(47, 33)] * 3 + [(71, 49)] * 2 + [(284, 196)]
+
+    two = cascade(PROMPT, size=(71, 49))
+    np.testing.assert_array_equal(pixels(two.images), pixels(result.stages["stage_2"]))
+    assert cascade.sizes_for((33, 20)) == {"stage_1": (33, 20)}
+
+
+def test_a_square_by_its_sides_is_the_same_as_by_one_number(cascade: Cascade) -> None:
+    by_number, by_sides = cascade(PROMPT, size=48), cascade(PROMPT, size=(48, 48))
+    np.testing.assert_array_equal(pixels(by_number.images), pixels(by_sides.images))
+
+
 def test_stages_and_seeds_do_not_share_their_noise() -> None:
     seeds = [stage_seed(seed, stage) for seed in range(100) for stage in ("stage_1", "stage_2", "stage_3")]
     assert len(set(seeds)) == 300
@@ -197,14 +218,125 @@ def test_an_unsafe_picture_is_black_in_all_stages(cascade: Cascade, monkeypatch:
         assert (pixels(images) == 0).all()
 
 
+def test_what_each_stage_says_of_a_picture_is_told_together(
+    cascade: Cascade, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from floyd.models.safety import IFSafetyChecker, SafetyScores
+
+    nsfw = {32: [5.0, -3.0], 48: [-2.0, -1.0]}
+    watermark = {32: [-3.0, -3.0], 48: [-4.0, 0.75]}
+    seen: list[int] = []
+
+    def scores(self: Any, x: torch.Tensor) -> SafetyScores:
+        side = 32 if not seen else 48
+        seen.append(side)
+        return SafetyScores(torch.tensor(nsfw[side]), torch.tensor(watermark[side]))
+
+    monkeypatch.setattr(IFSafetyChecker, "scores", scores)
+    for stage in cascade.stages.values():
+        stage.watermarker = None
+    result = cascade(PROMPT, size=48, count=2)
+    assert seen == [32, 48]
+    assert result.nsfw_detected == [True, False]
+    assert result.watermark_detected == [False, True]
+    assert result.nsfw_scores == [5.0, -1.0]
+    assert result.watermark_scores == [-3.0, 0.75]
+    assert [[image.any() for image in pixels(images)] for images in result.stages.values()] == [[False, True]] * 2
+    warnings = [record.getMessage() for record in caplog.records if record.name == "floyd.pipelines.finish"]
+    assert [text.split(" looks")[0] for text in warnings] == ["Picture 1 of 2", "Picture 2 of 2"]
+
+
+def test_what_is_done_with_unsafe_pictures_is_said_once_for_all_stages(
+    cascade: Cascade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from floyd.models.safety import IFSafetyChecker, SafetyScores
+
+    plain = cascade(PROMPT, size=48)
+    verdict = SafetyScores(torch.tensor([5.0]), torch.tensor([-5.0]))
+    monkeypatch.setattr(IFSafetyChecker, "scores", lambda self, x: verdict)
+    flagged = cascade(PROMPT, size=48, safety="flag")
+    assert flagged.nsfw_detected == [True]
+    np.testing.assert_array_equal(pixels(flagged.images), pixels(plain.images))
+    blurred = cascade(PROMPT, size=48, safety="blur")
+    assert pixels(blurred.images).std() < pixels(plain.images).std() / 2
+    with pytest.raises(SafetyError, match="Picture 1 of 1 looks unsafe"):
+        cascade(PROMPT, size=48, safety="raise")
+    for stage in cascade.stages.values():
+        stage.safety_checker = None
+    with pytest.raises(ValueError, match="needs a safety_checker, which none of stage_1, stage_2 has"):
+        cascade(PROMPT, size=48, safety="raise")
+
+
+# ------------------------------------------------------------------------------------------------------- stopping
+
+
+@pytest.mark.parametrize("at", ["stage_1", "stage_2"])
+def test_an_interrupted_run_ends_with_what_is_painted_so_far(cascade: Cascade, at: str) -> None:
+    events = []
+    for event in cascade.run(PROMPT, steps=3):
+        events.append(event)
+        if isinstance(event, StepDone) and event.stage == at and event.index == 1:
+            shown = event.preview()
+            cascade.interrupt()
+    assert [type(event) for event in events[-2:]] == [StageDone, Done]
+    assert [event.index for event in events if isinstance(event, StepDone) and event.stage == at] == [0, 1]
+    result = events[-1].result
+    assert result.is_interrupted
+    assert list(result.stages)[-1] == at
+    assert result.images == result.stages[at]
+    np.testing.assert_array_equal(pixels(result.images), pixels(shown))
+    whole = cascade(PROMPT, size=48)
+    assert not whole.is_interrupted, "a later call is not affected"
+    assert list(whole.stages) == ["stage_1", "stage_2"]
+
+
+def test_another_thread_interrupts_a_call(cascade: Cascade) -> None:
+    results: list[Any] = []
+    is_painting = threading.Event()
+    caller = threading.Thread(target=lambda: results.append(cascade(PROMPT, steps=(1000, 1, 1))))
+    first = cascade.stages["stage_1"]
+    unet, step = first.unet, first.unet.step
+
+    def told(*args: Any) -> Any:
+        is_painting.set()
+        return step(*args)
+
+    unet.step = told
+    try:
+        caller.start()
+        assert is_painting.wait(30)
+        cascade.interrupt()
+        caller.join(30)
+    finally:
+        del unet.step
+    assert not caller.is_alive()
+    assert results[0].is_interrupted
+    assert list(results[0].stages) == ["stage_1"]
+
+
+def test_one_stage_can_be_ended_early_and_the_next_goes_on(cascade: Cascade) -> None:
+    events = []
+    for event in cascade.run(PROMPT, steps=3, size=48):
+        events.append(event)
+        if isinstance(event, StepDone) and event.stage == "stage_1":
+            cascade.stages["stage_1"].interrupt()
+    assert [(e.stage, e.index) for e in events if isinstance(e, StepDone)] == [
+        ("stage_1", 0), ("stage_2", 0), ("stage_2", 1), ("stage_2", 2),
+    ]  # fmt: skip
+    assert list(events[-1].result.stages) == ["stage_1", "stage_2"]
+
+
 BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"size": 64}, ValueError, "one of 32, 48, 192"),
+    ({"size": (192, 0)}, ValueError, "The height of size must be a number of pixels"),
+    ({"size": (191, 192)}, ValueError, "192x192 would do"),
+    ({"size": (5000, 40)}, ValueError, "stage_2 would have to paint 5000x40"),
     ({"count": 0}, ValueError, "count must be a positive int"),
     ({"seed": -1}, ValueError, "seed must be an int"),
     ({"seed": 0.5}, ValueError, "seed must be an int"),
     ({"prompt": ["a", "b"]}, TypeError, "prompt of a cascade is one str"),
     ({"negative_prompt": ["a"]}, TypeError, "negative_prompt of a cascade is one str"),
-    ({"steps": 0}, ValueError, r"in \[1, 1000\]"),
+    ({"steps": 0}, ValueError, "steps must be a positive int"),
     ({"steps": (1, 2)}, ValueError, "one for each of stage_1, stage_2, stage_3"),
     ({"steps": ("fast28", 1, 1)}, ValueError, "fast27"),
     ({"steps": "fast27"}, TypeError, "StableDiffusionUpscalePipeline does not take timesteps"),

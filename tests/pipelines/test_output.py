@@ -30,3 +30,15 @@ def test_what_is_absent_cannot_be_indexed() -> None:
         output["nsfw_content_detected"]
     with pytest.raises(IndexError):
         output[1]
+
+
+def test_what_the_incumbent_does_not_tell_has_a_name_but_no_place() -> None:
+    plain = IFPipelineOutput(PICTURE, [True], [False])
+    told = IFPipelineOutput(PICTURE, [True], [False], nsfw_scores=[3.0], watermark_scores=[-1.0])
+    assert told.nsfw_scores == [3.0]
+    assert told.watermark_scores == [-1.0]
+    assert list(told) == list(plain) == ["images", "nsfw_detected", "watermark_detected"]
+    assert told.to_tuple() == plain.to_tuple()
+    third = StableDiffusionPipelineOutput(PICTURE, [True], watermark_detected=[False], nsfw_scores=[3.0])
+    assert third.watermark_detected == [False]
+    assert list(third) == ["images", "nsfw_content_detected"]

@@ -17,7 +17,9 @@ ALLOWED: list[dict[str, Any]] = [
     {"prompt": ["a cat", "a dog"]},
     {"prompt": ["a cat", "a dog"], "negative_prompt": "ugly"},
     {"prompt": "a cat", "negative_prompt": ["ugly"]},
-    {"prompt": "a cat", "negative_prompt_embeds": EMBEDS},
+    {"prompt": "a cat", "negative_prompt_embeds": EMBEDS[:1]},
+    {"prompt": ["a cat", "a dog"], "negative_prompt": ["ugly", ""]},
+    {"prompt": "a 🐈 cat"},
     {"prompt_embeds": EMBEDS},
     {"prompt_embeds": EMBEDS, "negative_prompt": "ugly"},
     {"prompt_embeds": EMBEDS, "negative_prompt_embeds": EMBEDS},
@@ -44,6 +46,13 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"same shape, got \(2, 77, 8\) and \(1, 77, 8\)",
     ),
+    ({"prompt": "a cat", "negative_prompt_embeds": EMBEDS}, ValueError, "has 2 rows for 1 prompts"),
+    ({"prompt": ["a", "b"], "negative_prompt": ["ugly"]}, ValueError, "negative_prompt has 1 texts for 2 prompts"),
+    ({"prompt_embeds": EMBEDS[:0]}, ValueError, r"prompt_embeds is empty: its shape is \(0, 77, 8\)"),
+    ({"prompt_embeds": EMBEDS.long()}, TypeError, "prompt_embeds must hold floats.*got torch.int64"),
+    ({"prompt_embeds": EMBEDS * float("nan")}, ValueError, "prompt_embeds must be finite"),
+    ({"prompt": "a \ud83d cat"}, ValueError, "prompt holds half of a surrogate pair"),
+    ({"prompt": "a", "negative_prompt": ["\udc08"]}, ValueError, "negative_prompt holds half of a surrogate pair"),
 ]
 
 

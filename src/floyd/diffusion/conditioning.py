@@ -5,7 +5,7 @@ B images   C channels   H height   W width   L text tokens   D text width
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,11 @@ class Conditioning:
         branches = [self, *others]
         return Conditioning(*(_joined(name, [b._parts()[name] for b in branches]) for name in self._parts()))  # type: ignore[arg-type]
 
+    def apart(self) -> list[Conditioning]:
+        """That of each image alone."""
+        parts = [[None] * len(self.text_BLD) if part is None else apart(part) for part in self._parts().values()]
+        return [Conditioning(*row) for row in zip(*parts, strict=True)]
+
     def takes(self, x_BCHW: Tensor) -> Tensor:
         """`x` as the network reads it: with the low-resolution picture behind it, if there is one."""
         if self.low_res_BCHW is None:
@@ -46,6 +51,11 @@ class Conditioning:
             "low_res_BCHW": self.low_res_BCHW,
             "noise_level_B": self.noise_level_B,
         }
+
+
+def apart(x: Tensor) -> list[Tensor]:
+    """Each image as a batch of its own, in memory of its own: where a tensor begins may decide how it is read."""
+    return [row.clone() for row in x.split(1)]
 
 
 def _joined(name: str, parts: list[Tensor | None]) -> Tensor | None:
@@ -61,10 +71,17 @@ def _joined(name: str, parts: list[Tensor | None]) -> Tensor | None:
 
 
 def low_res_condition(
-    image_BCHW: Tensor, size: tuple[int, int] | torch.Size, level: int, schedule: NoiseSchedule, noise: Noise
+    image_BCHW: Tensor,
+    size: tuple[int, int] | torch.Size,
+    level: int,
+    schedule: NoiseSchedule,
+    noise: Noise,
+    *,
+    extended: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The picture to enlarge, at its new size and noised, and its noise level for each image.
 
+    `extended` continues it to the margin of a canvas that was widened, before it is noised.
     Noise-conditioning augmentation: cascaded diffusion (arXiv:2106.15282), section 4. One draw serves every step and
     every branch of the guidance.
     """
@@ -73,5 +90,7 @@ def low_res_condition(
     enlarged_BCHW = F.interpolate(at_least_float32(image_BCHW), tuple(size), mode="bilinear", align_corners=True).to(
         image_BCHW.dtype
     )
+    if extended is not None:
+        enlarged_BCHW = extended(enlarged_BCHW)
     noised_BCHW = schedule.noised(enlarged_BCHW, noise(enlarged_BCHW), level)
     return noised_BCHW, torch.full((len(image_BCHW),), level, device=image_BCHW.device)

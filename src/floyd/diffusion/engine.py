@@ -5,7 +5,8 @@ B images   C channels   H height   W width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
 from enum import Enum
 from typing import Final, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from floyd.diffusion.canvas import Canvas
 from floyd.diffusion.guidance import Predict
 from floyd.diffusion.noise import Noise
-from floyd.diffusion.samplers import Move, Prediction, Remembering, Sampler
+from floyd.diffusion.samplers import Sampler, advanced
 from floyd.diffusion.schedule import at_least_float32
 from floyd.diffusion.timesteps import Step
 
@@ -27,12 +28,21 @@ class Verdict(Enum):
 STOP: Final = Verdict.STOP
 """What a callback returns to end the chain early."""
 
-OnStep = Callable[[Step, Tensor, Tensor], Verdict | None]
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What is to be different from the next step on; None leaves it as it is."""
+
+    x_BCHW: Tensor | None = None
+    predict: Predict | None = None
+
+
+OnStep = Callable[[Step, Tensor, Tensor], Verdict | Change | None]
 """Called after each step with the step, x, and the clean picture x is heading for."""
 
 
 class Moved(NamedTuple):
-    """After a step: where x is, and the clean picture it is heading for."""
+    """After a step: where x is, and the clean picture it is heading for; of a widened canvas what is handed out."""
 
     step: Step
     x_BCHW: Tensor
@@ -42,13 +52,18 @@ class Moved(NamedTuple):
 @torch.no_grad()
 def moves(
     x_BCHW: Tensor, predict: Predict, sampler: Sampler, steps: Iterable[Step], canvas: Canvas, noise: Noise
-) -> Iterator[Moved]:
-    """From noise to a picture step by step, in float32, for whoever wants to watch."""
+) -> Generator[Moved, Change | None, Tensor]:
+    """From noise to a picture step by step, in float32, for whoever wants to watch; a `Change` may be sent back."""
     x_BCHW = at_least_float32(x_BCHW)
     for step in steps:
-        (x_BCHW, clean_BCHW), sampler = _advanced(sampler, x_BCHW, predict(x_BCHW, step.t), step, noise)
+        (x_BCHW, clean_BCHW), sampler = advanced(sampler, x_BCHW, predict(x_BCHW, step.t), step, noise)
         x_BCHW = canvas.keep(x_BCHW)
-        yield Moved(step, x_BCHW, canvas.keep(clean_BCHW))
+        change = yield Moved(step, canvas.cropped(x_BCHW), canvas.finished(canvas.keep(clean_BCHW)))
+        if change is not None:
+            if change.x_BCHW is not None:
+                x_BCHW = canvas.keep(canvas.with_cropped(x_BCHW, at_least_float32(change.x_BCHW)))
+            predict = change.predict or predict
+    return canvas.finished(x_BCHW)
 
 
 def denoise(
@@ -61,21 +76,23 @@ def denoise(
     on_step: OnStep | None = None,
 ) -> Tensor:
     """From noise to a picture, in float32. A chain that `on_step` stops returns the clean picture predicted so far."""
-    for moved in moves(x_BCHW, predict, sampler, steps, canvas, noise):
-        x_BCHW = moved.x_BCHW
-        if on_step is not None and _stops(on_step(*moved)):
+    chain = moves(x_BCHW, predict, sampler, steps, canvas, noise)
+    change: Change | None = None
+    while True:
+        try:
+            moved = chain.send(change)
+        except StopIteration as ended:
+            painted_BCHW: Tensor = ended.value
+            return painted_BCHW
+        answer = None if on_step is None else _answer(on_step(*moved))
+        if isinstance(answer, Verdict):
             return moved.clean_BCHW
-    return at_least_float32(x_BCHW)
+        change = answer
 
 
-def _advanced(sampler: Sampler, x_BCHW: Tensor, pred: Prediction, step: Step, noise: Noise) -> tuple[Move, Sampler]:
-    """The move, and the sampler of the next one: itself, unless it remembers."""
-    if isinstance(sampler, Remembering):
-        return sampler.advance(x_BCHW, pred, step, noise)
-    return sampler.step(x_BCHW, pred, step, noise), sampler
-
-
-def _stops(verdict: object) -> bool:
-    if verdict is not None and verdict is not STOP:
-        raise TypeError(f"on_step must return None to go on or STOP to end the chain, got {type(verdict).__name__}.")
-    return verdict is STOP
+def _answer(answer: object) -> Change | Verdict | None:
+    if answer is None or answer is STOP or isinstance(answer, Change):
+        return answer
+    raise TypeError(
+        f"on_step must return None to go on or STOP to end the chain, or a Change, got {type(answer).__name__}."
+    )

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from floyd.diffusion.conditioning import Conditioning
+from floyd.diffusion.conditioning import Conditioning, apart
 from floyd.diffusion.samplers import Prediction
 from floyd.diffusion.schedule import at_least_float32
 
@@ -46,9 +46,21 @@ class Guidance:
         return 1 + len(self.pulls)
 
     @property
+    def branches(self) -> list[Conditioning]:
+        return [self.base, *(conditioning for conditioning, _ in self.pulls)]
+
+    @property
     def joined(self) -> Conditioning:
         """Every branch's conditioning as one batch, the base first."""
         return self.base.joined(conditioning for conditioning, _ in self.pulls)
+
+    def apart(self) -> list[Self]:
+        """That of each image alone."""
+        weights = [weight for _, weight in self.pulls]
+        branches = [told.apart() for told in self.branches]
+        return [
+            type(self)(base, tuple(zip(pulls, weights, strict=True))) for base, *pulls in zip(*branches, strict=True)
+        ]
 
     def predictor(self, network: Network) -> Predict:
         """The network and all it is told, as a function of the noisy picture and the time alone."""
@@ -60,12 +72,34 @@ class Guidance:
 
         return predict
 
+    def predictor_apart(self, network_for: Callable[[Conditioning], Network]) -> Predict:
+        """The same, but the network sees one image of one branch at a time, told what `network_for` is given once.
+
+        What it says of an image then does not depend on the others, to the last bit.
+        """
+        images = [(image, [(told, network_for(told)) for told in image.branches]) for image in self.apart()]
+
+        def predict(x_BCHW: Tensor, t: int) -> Prediction:
+            predictions = []
+            for x_1CHW, (image, branches) in zip(apart(x_BCHW), images, strict=True):
+                outs = [network(x_1CHW, t, told) for told, network in branches]
+                predictions.append(image.combined([split(out_1CHW, x_1CHW.shape) for out_1CHW in outs]))
+            return gathered(predictions)
+
+        return predict
+
     def combined(self, branches: list[Prediction]) -> Prediction:
         base, *pulls = branches
         target_BCHW = base.target_BCHW
         for pull, (_, weight) in zip(pulls, self.pulls, strict=True):
             target_BCHW = target_BCHW + weight * (pull.target_BCHW - base.target_BCHW)
         return Prediction(target_BCHW, (pulls or [base])[0].variance_BCHW)
+
+
+def gathered(images: list[Prediction]) -> Prediction:
+    """The predictions of single images as that of a batch."""
+    targets, variances = zip(*images, strict=True)
+    return Prediction(torch.cat(targets), None if variances[0] is None else torch.cat(variances))
 
 
 def split(out: Tensor, shape_BCHW: torch.Size) -> Prediction:

@@ -5,8 +5,9 @@ B images   C channels   H height   W width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from itertools import count
 from typing import Self
 
 import torch
@@ -49,10 +50,46 @@ class Noise:
         if not isinstance(self.generator, Sequence):
             return _drawn(shape, self.generator, dtype, device)
         if len(self.generator) != shape[0]:
-            raise ValueError(
-                f"Got {len(self.generator)} generators for {shape[0]} images; pass one generator, or one per image."
-            )
+            raise ValueError(_mismatch(len(self.generator), shape[0]))
         return torch.cat([_drawn((1, *shape[1:]), generator, dtype, device) for generator in self.generator])
+
+    def apart(self, num_images: int) -> list[Noise]:
+        """The noise of each image alone, for whoever paints one after the other; all must draw equally often.
+
+        With one generator for all, whoever draws first draws for all, and the others get their part of it.
+        """
+        if isinstance(self.generator, Sequence):
+            if len(self.generator) != num_images:
+                raise ValueError(_mismatch(len(self.generator), num_images))
+            return [Noise(generator) for generator in self.generator]
+        if num_images == 1:
+            return [self]
+        draws: list[Tensor] = []
+        return [_Part(whole=self, num_images=num_images, place=i, draws=draws) for i in range(num_images)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Part(Noise):
+    """One image's part of draws that are made for all of them at once."""
+
+    _: KW_ONLY
+    whole: Noise
+    num_images: int
+    place: int
+    draws: list[Tensor]  # shared by all parts
+    turn: Iterator[int] = field(default_factory=count)
+
+    def normal(
+        self, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        turn = next(self.turn)
+        if turn == len(self.draws):
+            self.draws.append(self.whole.normal((self.num_images, *shape[1:]), dtype=dtype, device=device))
+        return self.draws[turn][self.place : self.place + 1].clone()
+
+
+def _mismatch(num_generators: int, num_images: int) -> str:
+    return f"Got {num_generators} generators for {num_images} images; pass one generator, or one per image."
 
 
 def _drawn(shape: Sequence[int], generator: Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:

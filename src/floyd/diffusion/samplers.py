@@ -60,6 +60,13 @@ class Remembering(ABC):
         return self.advance(x_BCHW, pred, step, noise)[0]
 
 
+def advanced(sampler: Sampler, x_BCHW: Tensor, pred: Prediction, step: Step, noise: Noise) -> tuple[Move, Sampler]:
+    """The move, and the sampler of the next one: itself, unless it remembers."""
+    if isinstance(sampler, Remembering):
+        return sampler.advance(x_BCHW, pred, step, noise)
+    return sampler.step(x_BCHW, pred, step, noise), sampler
+
+
 @dataclass(frozen=True, eq=False)
 class Ancestral:
     """DDPM sampling (arXiv:2006.11239), with the learned variance of arXiv:2102.09672.

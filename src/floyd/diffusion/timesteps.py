@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -94,7 +95,7 @@ def _count_in(text: str, sections: str) -> int:
     if not text.strip().isdecimal():
         names = ", ".join(RESPACINGS)
         raise ValueError(
-            f"A respacing is a count, counts joined by commas, 'ddim' with a count, or one of {names}; "
+            f"timesteps as a text are a count, counts joined by commas, 'ddim' with a count, or one of {names}; "
             f"got {sections!r}."
         )
     return int(text)
@@ -124,9 +125,13 @@ def _whole(value: Any) -> int:
     return operator.index(value)
 
 
+def _is_share(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and 0 < float(value) <= 1
+
+
 def _checked_count(count: int, num_train: int) -> int:
     if not 1 <= _whole(count) <= num_train:
-        raise ValueError(f"The number of inference steps must be in [1, {num_train}], got {count}.")
+        raise ValueError(f"num_inference_steps must be in [1, {num_train}], got {count}.")
     return count
 
 
@@ -135,8 +140,8 @@ def steps_of(timesteps: Iterable[int], strength: float = 1.0) -> tuple[Step, ...
     table = tuple(timesteps)
     if not table:
         raise ValueError("timesteps must hold at least one timestep, got none.")
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength must be in (0, 1], got {strength}.")
+    if not _is_share(strength):
+        raise ValueError(f"strength must be in (0, 1], got {strength!r}.")
     count = int(len(table) * strength)
     if count < 1:
         raise ValueError(

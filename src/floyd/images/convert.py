@@ -63,6 +63,20 @@ def check_range(low: float, high: float, value_range: tuple[float, float], *, na
         raise ValueError(f"The values of {name} must lie in {list(value_range)}, got {low:.3g} to {high:.3g}.")
 
 
+def from_numpy(array: np.ndarray, *, name: str) -> Tensor:
+    """A copy as a tensor, whatever the byte order, the strides or the width of its floats."""
+    if array.dtype.kind == "f":
+        array = array.astype(np.float64 if array.dtype.itemsize > 4 else f"f{array.dtype.itemsize}")
+    elif array.dtype not in (np.uint8, np.bool_):
+        raise TypeError(f"{name} must hold uint8 (0..255) or floats, or booleans in a mask, got {array.dtype}.")
+    return torch.from_numpy(array.copy())
+
+
+def check_not_empty(picture: Image.Image, *, name: str) -> None:
+    if 0 in picture.size:
+        raise ValueError(f"{name} is empty: it is {picture.width}x{picture.height} px (width x height).")
+
+
 def to_unit(x_BCHW: Tensor) -> Tensor:
     """From [-1, 1] to [0, 1], with what lies outside cut off."""
     return (x_BCHW.float() / 2 + 0.5).clamp(0, 1)
@@ -110,13 +124,14 @@ def _batch(
     name: str,
 ) -> Tensor:
     if isinstance(item, Image.Image):
+        check_not_empty(item, name=name)
         picture = to_rgb(upright(item))
         x_BHWC = np.asarray(picture if resize is None else resize(picture))[None]
         return _signed(torch.from_numpy(x_BHWC.copy()).permute(0, 3, 1, 2), value_range, name)
     if isinstance(item, np.ndarray):
         if item.ndim not in (3, 4):
             raise ValueError(f"An array in {name} must be [H, W, C] or [B, H, W, C], got {list(item.shape)}.")
-        x_BCHW = torch.from_numpy(np.moveaxis(item, -1, -3).copy())
+        x_BCHW = from_numpy(np.moveaxis(item, -1, -3), name=name)
     elif isinstance(item, Tensor):
         if item.ndim not in (3, 4):
             raise ValueError(f"A tensor in {name} must be [C, H, W] or [B, C, H, W], got {list(item.shape)}.")
@@ -127,11 +142,13 @@ def _batch(
 
 
 def _signed(x_BCHW: Tensor, value_range: tuple[float, float], name: str) -> Tensor:
+    if not x_BCHW.numel():
+        raise ValueError(f"{name} is empty: its shape is {list(x_BCHW.shape)}.")
     if x_BCHW.dtype == torch.uint8:
         return (x_BCHW.float() / 127.5 - 1).contiguous()
     if not x_BCHW.is_floating_point():
         raise TypeError(f"{name} must hold uint8 (0..255) or floats, got {x_BCHW.dtype}.")
-    low, high = x_BCHW.aminmax()
+    low, high = x_BCHW.float().aminmax()
     check_range(low.item(), high.item(), value_range, name=name)
     return x_BCHW.float() if value_range == SIGNED else _stretched(x_BCHW.float(), *value_range)
 

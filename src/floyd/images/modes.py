@@ -19,7 +19,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def to_gray(picture: Image.Image) -> Image.Image:
-    return _eight_bits(picture).convert("L")
+    picture = _eight_bits(picture)
+    return (picture.convert("RGB") if picture.mode == "LAB" else picture).convert("L")
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
@@ -27,7 +28,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         return Image.fromarray(np.round(np.asarray(picture.convert("I")) / 257).astype(np.uint8))
     if picture.mode in WIDE_MODES:
         low, high = np.asarray(picture).min(), np.asarray(picture).max()
-        if not 0 <= low <= high <= 255:
+        if not 0 <= low <= high <= 255 or 0 < high <= 1:  # a range of 0..1 would come out black
             raise ValueError(f"A picture of mode {picture.mode} must hold 0..255, got {low}..{high}: scale it first.")
     if picture.mode == "La":
         return picture.convert("LA")

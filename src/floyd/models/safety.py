@@ -38,8 +38,8 @@ class SafetyScores(NamedTuple):
     watermark_B: Tensor
 
     def flags(self, p_threshold: float = THRESHOLD, w_threshold: float = THRESHOLD) -> tuple[list[bool], list[bool]]:
-        """What is above the thresholds: unsafe pictures, watermarked pictures."""
-        return (self.nsfw_B > p_threshold).tolist(), (self.watermark_B > w_threshold).tolist()
+        """What is above the thresholds: unsafe pictures, watermarked pictures. What is no number counts as above."""
+        return _above(self.nsfw_B, p_threshold), _above(self.watermark_B, w_threshold)
 
 
 class IFSafetyChecker(Model):
@@ -78,6 +78,11 @@ class IFSafetyChecker(Model):
             raise ValueError(f"Got {len(images)} images but clip_input of {len(clip_input_BCHW)}: pass one for each.")
         nsfw, watermarked = self.scores(clip_input_BCHW).flags(p_threshold, w_threshold)
         return _blackened(images, [a or b for a, b in zip(nsfw, watermarked, strict=True)]), nsfw, watermarked
+
+
+def _above(scores_B: Tensor, threshold: float) -> list[bool]:
+    flags: list[bool] = (~((scores_B <= threshold) & scores_B.isfinite())).tolist()
+    return flags
 
 
 def _blackened(images: Pictures, flags: Sequence[bool]) -> Pictures:

@@ -22,6 +22,10 @@ from floyd.runtime.placement import (
     accelerator,
     best_device,
     device_of,
+    is_settled,
+    is_spread,
+    reachable,
+    send,
 )
 from floyd.store.components import save_component
 from floyd.store.config import Config
@@ -113,8 +117,37 @@ class DiffusionPipeline:
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
             raise ValueError(f"torch_dtype and dtype say the same thing; got {torch_dtype!r} and {dtype!r}.")
         device = device_of_map(device_map)
-        pipeline: Any = load(request, pipeline_class if cls is DiffusionPipeline else lambda class_name: cls)
+        pipeline: Any = load(request, cls._class_for)
         return pipeline if device is None else pipeline.to(device)
+
+    @classmethod
+    def _class_for(cls, class_name: str) -> type[DiffusionPipeline]:
+        """What `from_pretrained` builds from a checkpoint of the named class."""
+        return pipeline_class(class_name) if cls is DiffusionPipeline else cls
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **given: Any) -> Self:
+        """This class over another pipeline's components, which both share from then on; nothing is loaded or copied.
+
+        A component or value given as a keyword takes its place. The other's offloading and progress bar come along.
+        """
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise TypeError(f"{cls.__name__}.from_pipe takes a pipeline, got a {type(pipeline).__name__}.")
+        known = {*cls.component_names, *cls.value_names}
+        if unknown := sorted(set(given) - known):
+            raise TypeError(f"{cls.__name__} does not take {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
+        theirs = {**pipeline.components, **{name: pipeline.config[name] for name in pipeline.value_names}}
+        parts = {name: part for name, part in theirs.items() if name in known} | given
+        if absent := [n for n in cls.component_names if n not in {*parts, *cls.optional_components}]:
+            raise ValueError(
+                f"{cls.__name__} needs {', '.join(absent)}, which a {type(pipeline).__name__} does not have: it is "
+                f"another stage. Pass {absent[0]}=..., or load a checkpoint of that stage."
+            )
+        pipe = cls(**{**dict.fromkeys(cls.optional_components), **parts})
+        pipe.config = pipe.config.from_json({**pipe.config, "_name_or_path": pipeline.name_or_path})
+        pipe._place(pipeline._placement)
+        pipe._progress_bar = pipeline._progress_bar
+        return pipe
 
     def save_pretrained(
         self,
@@ -160,12 +193,15 @@ class DiffusionPipeline:
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"The dtype of a pipeline must be a floating one, got {dtype}.")
         if device is not None:
+            device = reachable(device)
             self._place(WhereTheyAre())
         for name, module in self._modules():
-            if getattr(module, "is_quantized", False):
+            if is_spread(module):
+                log.info("%s was spread over devices as it was loaded: it stays there, as it is.", name)
+            elif getattr(module, "is_quantized", False):
                 _move_quantized(name, module, device, dtype)
             else:
-                module.to(device=device, dtype=dtype)
+                send(module, device=device, dtype=dtype)
         return self
 
     @property
@@ -192,13 +228,15 @@ class DiffusionPipeline:
     def _offload(
         self, plan: type[OneAtATime] | type[LayerByLayer], gpu_id: int | None, device: torch.device | str | None
     ) -> None:
-        target = accelerator() if device is None else torch.device(device)
+        target = accelerator() if device is None else reachable(device)
         if target is None or target.type == "cpu":
             log.info("There is no accelerator to offload from: everything stays in main memory.")
             return
         if gpu_id is not None:
             target = torch.device(target.type, gpu_id)
-        self.to("cpu")
+        for _, module in self._modules():
+            if not is_settled(module):
+                module.to("cpu")
         self._place(plan(target))
 
     def _place(self, placement: Placement) -> None:
@@ -250,13 +288,14 @@ def pipeline_class(class_name: str) -> type[DiffusionPipeline]:
 
 def device_of_map(device_map: str | torch.device | None) -> torch.device | None:
     """A pipeline is placed as a whole: "auto" and "balanced" mean the machine's best device."""
-    if device_map is None or isinstance(device_map, torch.device):
-        return device_map
+    if device_map is None:
+        return None
     if device_map in ("auto", "balanced"):
         return best_device()
     try:
-        return torch.device(device_map)
+        device = torch.device(device_map)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"device_map must be 'auto', 'balanced' or a device such as 'cpu' or 'cuda', got {device_map!r}."
         ) from error
+    return reachable(device)

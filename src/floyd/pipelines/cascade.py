@@ -9,8 +9,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from importlib.resources import files
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -21,10 +23,14 @@ from floyd.errors import ConfigError
 from floyd.pipelines.base import DiffusionPipeline
 from floyd.pipelines.deepfloyd_if import IFPipeline, IFSuperResolutionPipeline
 from floyd.pipelines.events import CascadeResult, Done, Event, StageDone, StageStarted, StepDone
-from floyd.pipelines.options import Options, check_noise_level, positive, with_defaults
+from floyd.pipelines.finish import Finished
+from floyd.pipelines.options import ACTIONS, Action, Options, check_noise_level, positive, truth, with_defaults
 from floyd.pipelines.painter import Painter
+from floyd.pipelines.sizes import Sides, Size, planned
 from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
+from floyd.pipelines.watching import Interrupts
 from floyd.store.presets import STAGES, is_cascade, read_presets, stage_folders, write_presets
+from floyd.text.checks import check_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,22 +54,26 @@ class _Plan:
     clean_caption: bool
     seeds: tuple[int, ...]
     stages: Mapping[str, Mapping[str, Any]]  # the arguments of each stage that runs, without text and picture
+    sizes: Mapping[str, Sides]
     free_text_encoder: bool
+    safety: Action
+    batch_invariant: bool
 
     def __post_init__(self) -> None:
         for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
             if not isinstance(text, str) and (name == "prompt" or text is not None):
                 raise TypeError(f"{name} of a cascade is one str, got {type(text).__name__}.")
-        seed = self.seeds[0]
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise ValueError(f"seed must be an int of at least 0, got {seed!r}.")
+        check_prompts(self.prompt, self.negative_prompt)
+        truth("clean_caption", self.clean_caption)
+        truth("free_text_encoder", self.free_text_encoder)
+        truth("batch_invariant", self.batch_invariant)
 
 
 class Cascade:
     """Stages in order; each hands its picture to the next, and the prompt is encoded once.
 
     `cascade(prompt)` returns pictures; `cascade.run(prompt)` tells what happens on the way and may be left at any step.
-    A component never changes during a call, so calls may share a cascade, unless it offloads or frees its text encoder.
+    A component never changes during a call, so calls may share a cascade, unless one of them frees its text encoder.
     """
 
     def __init__(self, *stages: Painter, presets: Mapping[str, Mapping[str, Any]] | None = None) -> None:
@@ -77,6 +87,7 @@ class Cascade:
         self.stages: dict[str, Painter] = dict(zip(STAGES, stages, strict=False))
         self.presets = {name: dict(options) for name, options in (presets or {}).items() if name in self.stages}
         self._load_text_encoder: Callable[[], Any] | None = None
+        self._interrupts = Interrupts()
         for name, options in self.presets.items():
             try:
                 self._checked(name, options)
@@ -137,7 +148,7 @@ class Cascade:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The side in pixels that each stage reaches."""
+        """The side in pixels that each stage paints by itself."""
         sizes: dict[str, int] = {}
         for name, stage in self.stages.items():
             if isinstance(stage, StableDiffusionUpscalePipeline):
@@ -145,6 +156,12 @@ class Cascade:
             else:
                 sizes[name] = int(stage.unet.config.sample_size)
         return sizes
+
+    def sizes_for(self, size: Size | None) -> dict[str, Sides]:
+        """The stages that run for a size, and the width and height that each of them paints."""
+        stages = self.stages.items()
+        factors = {name: stage.factor for name, stage in stages if isinstance(stage, StableDiffusionUpscalePipeline)}
+        return planned(size, self.sizes, factors)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         for stage in self.stages.values():
@@ -166,7 +183,7 @@ class Cascade:
         prompt: str,
         *,
         negative_prompt: str | None = None,
-        size: int | None = None,
+        size: Size | None = None,
         seed: int = 0,
         count: int = 1,
         steps: int | str | PerStage | None = None,
@@ -174,13 +191,23 @@ class Cascade:
         options: Mapping[str, Mapping[str, Any]] | None = None,
         clean_caption: bool = True,
         free_text_encoder: bool = False,
+        safety: Action = "black",
+        batch_invariant: bool = False,
     ) -> CascadeResult:
-        """Paint `count` pictures of `size` px (the largest unless given).
+        """Paint `count` pictures.
+
+        `size` is the side of one of the stages, 64, 256 or 1024 with IF: the chain stops there. Or it is the width and
+        height of the picture that comes out last, any pair: (1536, 1024) is painted at 96x64, enlarged to 384x256 and
+        then to 1536x1024, and (384, 256) is the second of these. What a network cannot halve is painted a little larger
+        and cut off; a stage III that enlarges four times takes multiples of four. None is the largest.
 
         Image i has the seed `seed + i`, on which alone its noise depends. `steps` is a number or a respacing string for
         all stages, or a sequence with an entry for each; None leaves the checkpoint's or the stage's own. `guidance`
         likewise. `options` are further arguments by stage: `{"stage_2": {"noise_level": 100}}`. `free_text_encoder`
-        drops T5 once the prompt is encoded, and loads it again when it is needed.
+        drops T5 once the prompt is encoded, and loads it again when it is needed. `safety` is what is done with
+        pictures that a stage's safety checker finds unsafe: "black", "blur", "flag" (tell alone) or "raise".
+        `batch_invariant`: every bit of an image depends on its prompt and seed alone, not on `count` or the number of
+        threads; the images are then painted one after the other, on one CPU thread.
         """
         for event in self.run(
             prompt,
@@ -193,6 +220,8 @@ class Cascade:
             options=options,
             clean_caption=clean_caption,
             free_text_encoder=free_text_encoder,
+            safety=safety,
+            batch_invariant=batch_invariant,
         ):
             if isinstance(event, Done):
                 return event.result
@@ -203,7 +232,7 @@ class Cascade:
         prompt: str,
         *,
         negative_prompt: str | None = None,
-        size: int | None = None,
+        size: Size | None = None,
         seed: int = 0,
         count: int = 1,
         steps: int | str | PerStage | None = None,
@@ -211,46 +240,59 @@ class Cascade:
         options: Mapping[str, Mapping[str, Any]] | None = None,
         clean_caption: bool = True,
         free_text_encoder: bool = False,
+        safety: Action = "black",
+        batch_invariant: bool = False,
     ) -> Iterator[Event]:
         """The same as an iterator of events, the last of which is `Done`; closing it stops. Checked at once."""
-        names = self._names_up_to(size)
+        sizes = self.sizes_for(size)
         positive("count", count)
         plan = _Plan(
             prompt=prompt,
             negative_prompt=negative_prompt,
             clean_caption=clean_caption,
-            seeds=tuple(seed + i for i in range(count)),
-            stages=self._arguments(names, steps, guidance, options or {}),
+            seeds=tuple(_seed(seed) + i for i in range(count)),
+            stages=self._arguments(list(sizes), steps, guidance, options),
+            sizes=sizes,
             free_text_encoder=free_text_encoder,
+            safety=self._checked_safety(safety, list(sizes)),
+            batch_invariant=batch_invariant,
         )
         if self.stages["stage_1"].components["text_encoder"] is None and self._load_text_encoder is None:
             raise ValueError("stage_1 has no text encoder, so no prompt can be read; build it with one.")
         return self._events(plan)
 
+    def interrupt(self) -> None:
+        """End every call and run under way, from any thread, after the step it is at.
+
+        The stage it is at ends with the clean pictures predicted so far, which are the result; later calls are not
+        affected. To end one stage early and go on with the next, interrupt that stage: `stages["stage_1"].interrupt()`.
+        """
+        self._interrupts.end_all()
+
     # -------------------------------------------------------------------------------------------------------- checking
 
-    def _names_up_to(self, size: int | None) -> list[str]:
-        names, sizes = list(self.stages), self.sizes
-        if size is None:
-            return names
-        for i, name in enumerate(names):
-            if sizes[name] == size:
-                return names[: i + 1]
-        reached = ", ".join(str(side) for side in sizes.values())
-        raise ValueError(f"size must be one of {reached}, the sides that this cascade's stages reach; got {size!r}.")
-
     def _arguments(
-        self, names: Sequence[str], steps: Any, guidance: Any, options: Mapping[str, Mapping[str, Any]]
+        self, names: Sequence[str], steps: Any, guidance: Any, options: Mapping[str, Mapping[str, Any]] | None
     ) -> dict[str, dict[str, Any]]:
         """What each stage is told, checked."""
+        options = {} if options is None else options
+        if not isinstance(options, Mapping) or not all(isinstance(told, Mapping) for told in options.values()):
+            raise TypeError(f"options must be a dict of dicts, by stage, got {options!r}.")
         if unknown := set(options) - set(self.stages):
-            raise ValueError(f"options are by stage, {', '.join(self.stages)}; got {', '.join(sorted(unknown))}.")
+            raise ValueError(f"options are by stage, {', '.join(self.stages)}; got {', '.join(map(str, unknown))}.")
         steps_of, guidance_of = self._spread("steps", steps, names), self._spread("guidance", guidance, names)
         arguments = {}
         for name in names:
             told = _steps(steps_of[name]) | _present(guidance_scale=guidance_of[name]) | dict(options.get(name, {}))
             arguments[name] = self._checked(name, self._merged(name, told))
         return arguments
+
+    def _checked_safety(self, safety: Action, names: Sequence[str]) -> Action:
+        if safety not in ACTIONS:
+            raise ValueError(f"safety must be one of {', '.join(ACTIONS)}, got {safety!r}.")
+        if safety != "black" and all(self.stages[name].safety_checker is None for name in names):
+            raise ValueError(f"safety={safety!r} needs a safety_checker, which none of {', '.join(names)} has.")
+        return safety
 
     def _spread(self, name: str, value: Any, names: Sequence[str]) -> dict[str, Any]:
         """One value for all stages, or one for each."""
@@ -278,35 +320,45 @@ class Cascade:
         stage.steps_for(options)
         if (level := told.get("noise_level")) is not None:
             check_noise_level(level, stage.noise_levels, f"noise_level of {name}")
+        if isinstance(stage, StableDiffusionUpscalePipeline):
+            stage.check_clip_skip(told.get("clip_skip"))
         return dict(told)
 
     # -------------------------------------------------------------------------------------------------------- painting
 
     def _events(self, plan: _Plan) -> Iterator[Event]:
         pictures: dict[str, list[Image]] = {}
-        flags: list[list[bool]] = []
-        text = self._encoded(plan)
-        handed_BCHW: Tensor | None = None
-        for name, told in plan.stages.items():
-            stage = self.stages[name]
-            image = {} if handed_BCHW is None else {"image": handed_BCHW}
-            told = {**told, **image, **self._text_for(stage, text, plan, told), "generator": _generators(plan, name)}
-            task = stage.task(**told)
-            yield StageStarted(stage=name, num_steps=len(task.steps), size=self.sizes[name])
-            move: Moved | None = None
-            with closing(stage.watch(task)) as moves:
-                for i, move in enumerate(moves):
-                    yield _step_done(name, stage, i, len(task.steps), move.clean_BCHW)
-            assert move is not None, "a task has at least one step"
-            finished = stage.finished(move.x_BCHW)
-            handed_BCHW = finished.picture_BCHW
-            pictures[name] = finished.pil()
-            if finished.nsfw is not None:
-                flags.append(finished.nsfw)
-            yield StageDone(stage=name, pictures=pictures[name])
-        nsfw = [any(one) for one in zip(*flags, strict=True)] if flags else None
-        last = pictures[list(pictures)[-1]]
-        yield Done(result=CascadeResult(images=last, stages=pictures, seeds=list(plan.seeds), nsfw_detected=nsfw))
+        verdicts: list[Finished] = []
+        is_whole = True
+        with self._interrupts.call() as end:
+            text = self._encoded(plan)
+            for name, told in plan.stages.items():
+                stage, before = self.stages[name], verdicts[-1] if verdicts else None
+                image = {} if before is None else {"image": before.picture_BCHW}
+                own = {"generator": _generators(plan, name), "batch_invariant": plan.batch_invariant}
+                width, height = plan.sizes[name]
+                if not isinstance(stage, StableDiffusionUpscalePipeline):
+                    own |= {"width": width, "height": height}
+                task = stage.task(**{**told, **image, **self._text_for(stage, text, plan, told), **own})
+                yield StageStarted(stage=name, num_steps=len(task.steps), width=width, height=height)
+                move: Moved | None = None
+                with closing(stage.watch(task)) as moves:
+                    for i, move in enumerate(moves):
+                        show = partial(stage.preview, move.clean_BCHW, plan.safety, before=before)
+                        yield _step_done(name, i, len(task.steps), move.clean_BCHW, show)
+                        if end.is_set():
+                            break
+                assert move is not None, "a task has at least one step"
+                is_whole = move.step is task.steps[-1]
+                x_BCHW = move.x_BCHW if is_whole else move.clean_BCHW
+                done = stage.finished(x_BCHW, plan.safety, before=before, batch_invariant=plan.batch_invariant)
+                verdicts.append(done)
+                pictures[name] = verdicts[-1].pil()
+                yield StageDone(stage=name, pictures=pictures[name])
+                if end.is_set():
+                    break
+        is_interrupted = len(pictures) < len(plan.stages) or not is_whole
+        yield Done(result=CascadeResult.of(plan.seeds, pictures, verdicts, is_interrupted=is_interrupted))
 
     def _encoded(self, plan: _Plan) -> tuple[Tensor, Tensor | None]:
         """T5's reading of the prompt, once for all stages and images."""
@@ -315,7 +367,12 @@ class Cascade:
         if first.text_encoder is None:
             assert self._load_text_encoder is not None, "run() has checked this"
             first.text_encoder = self._load_text_encoder()
-        text = first.encode_prompt(plan.prompt, negative_prompt=plan.negative_prompt, clean_caption=plan.clean_caption)
+        text = first.encode_prompt(
+            plan.prompt,
+            negative_prompt=plan.negative_prompt,
+            clean_caption=plan.clean_caption,
+            batch_invariant=plan.batch_invariant,
+        )
         if plan.free_text_encoder:
             first.text_encoder = None
         return text
@@ -326,7 +383,10 @@ class Cascade:
         """Embeddings for every image; stage III reads the prompt with an encoder of its own."""
         if isinstance(stage, StableDiffusionUpscalePipeline):
             text = stage.encode_prompt(
-                plan.prompt, negative_prompt=plan.negative_prompt, clip_skip=told.get("clip_skip")
+                plan.prompt,
+                negative_prompt=plan.negative_prompt,
+                clip_skip=told.get("clip_skip"),
+                batch_invariant=plan.batch_invariant,
             )
         count = len(plan.seeds)
         positive_BLE, negative_BLE = (None if part is None else part.repeat(count, 1, 1) for part in text)
@@ -347,21 +407,32 @@ _OURS = frozenset(
         "generator",
     }
     | {"output_type", "return_dict", "callback", "callback_steps", "clean_caption", "latents", "height", "width"}
+    | {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "safety", "batch_invariant"}
 )
 
 
-def _step_done(name: str, stage: Painter, index: int, num_steps: int, clean_BCHW: Tensor) -> StepDone:
-    def preview() -> list[Image]:
-        return stage.finished(clean_BCHW).pil()
-
+def _step_done(
+    name: str, index: int, num_steps: int, clean_BCHW: Tensor, preview: Callable[[], list[Image]]
+) -> StepDone:
     return StepDone(stage=name, index=index, num_steps=num_steps, clean_BCHW=clean_BCHW, preview=preview)
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 0:
+        raise ValueError(f"seed must be an int of at least 0, got {value!r}.")
+    return int(value)
 
 
 def _steps(value: Any) -> dict[str, Any]:
     """A number, a respacing string or a table, as the stages name them."""
     if value is None:
         return {}
-    return {"num_inference_steps": value} if isinstance(value, int) else {"timesteps": value}
+    if isinstance(value, Integral):
+        positive("steps", value)
+        return {"num_inference_steps": int(value)}
+    if not isinstance(value, str | Sequence):
+        raise TypeError(f"steps must be a number, a respacing string or a sequence of them by stage, got {value!r}.")
+    return {"timesteps": value}
 
 
 def _present(**values: Any) -> dict[str, Any]:

@@ -4,13 +4,18 @@ A class says what its task is: which canvas, which low-resolution picture, how m
 for all. The arguments of every call, in the incumbent's order:
 
     prompt, negative_prompt                  a text or a list; `prompt_embeds`, `negative_prompt_embeds` instead
-    image, original_image, mask_image        PIL pictures, arrays [B, H, W, C] in [0, 1], tensors in [-1, 1]
+    image, original_image                    PIL pictures of any mode and size, which are brought to the stage's size;
+                                             arrays [B, H, W, C] or [H, W, C] in [0, 1] and tensors [B, C, H, W] or
+                                             [C, H, W] in [-1, 1], which keep theirs; uint8 is in 0..255
+    mask_image                               white, 1 or True where to repaint, from one half on: PIL pictures, arrays
+                                             or tensors [H, W] or [B, H, W]; of the picture's shape, at any size
     num_inference_steps, timesteps           a number of steps, or a table (`fast27_timesteps`) or respacing string
     guidance_scale                           how far to go from the negative prompt to the prompt; 1 or less: not at all
     strength                                 in (0, 1]: how much of the noise to add to a given picture, and to remove
     noise_level                              in [0, 1000): how much noise to add to the picture that is enlarged
     num_images_per_prompt                    images of one prompt stand beside each other
-    height, width                            in pixels; the network's own size unless given
+    height, width                            any number of pixels; the network's own size unless given. An enlarged
+                                             picture keeps the shape of the small one unless both are given
     eta                                      for DDIM: 0 draws no noise, 1 as much as DDPM
     generator                                one for all, or a list of one per image, which makes images independent
     output_type                              "pil", "np" (in [0, 1]) or "pt" (in [-1, 1], what the next stage takes)
@@ -18,11 +23,32 @@ for all. The arguments of every call, in the incumbent's order:
     callback, callback_steps                 called as (i, t, x) at every so many steps; returning STOP ends the chain
     clean_caption                            clean the prompt as the captions of the training data were
     cross_attention_kwargs                   {"scale": weight of LoRA}
+
+and, by name alone, what the incumbent does not take:
+
+    callback_on_step_end                     called as (pipe, i, t, tensors) after every step; what it returns of them
+                                             is gone on with, None changes nothing, STOP ends the chain
+    callback_on_step_end_tensor_inputs       which: "x" (or "latents"), "clean" (the picture x is heading for, which
+                                             `pipe.preview` shows), "prompt_embeds", "negative_prompt_embeds"
+    safety                                   what is done with a picture that the safety checker finds unsafe: "black",
+                                             "blur", "flag" (nothing but telling) or "raise"
+    batch_invariant                          every bit of an image depends on its own prompt and draws alone, not on the
+                                             rest of the batch or the number of threads: all networks see one image and
+                                             one branch of the guidance at a time, on one CPU thread (calls at the same
+                                             time keep theirs); a batch takes as long as its images one by one
+    feather                                  over so many pixels, at the size of the stage, what is repainted fades in
+                                             from the edge of what is kept; inpainting alone
+    resamples                                1: what is kept stays clean at every noise level; more: it is noised like
+                                             the rest, and every step is made so many times (RePaint); inpainting alone
+
+A network halves its picture several times. What does not divide is painted on a canvas that is a little larger, whose
+margin is cut off in the end. What an inpainting keeps is the given picture's to the last bit, at the size of the stage
+in `images` and at the picture's own size in `full_size()` of the output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Generator, Tensor
@@ -31,6 +57,7 @@ from floyd.diffusion.timesteps import TABLES
 from floyd.models.safety import IFSafetyChecker
 from floyd.models.watermark import IFWatermarker
 from floyd.pipelines.if_stages import IFStage, IFSuperResolutionStage
+from floyd.pipelines.options import Action, StepEnd
 from floyd.pipelines.output import IFPipelineOutput
 from floyd.pipelines.painter import Task
 
@@ -97,6 +124,11 @@ class IFPipeline(IFStage):
         callback_steps: int = 1,
         clean_caption: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        *,
+        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        safety: Action = "black",
+        batch_invariant: bool = False,
     ) -> Result:
         """Paint. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
         return self._call(locals())
@@ -129,6 +161,11 @@ class IFImg2ImgPipeline(IFStage):
         callback_steps: int = 1,
         clean_caption: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        *,
+        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        safety: Action = "black",
+        batch_invariant: bool = False,
     ) -> Result:
         """Repaint. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
         return self._call(locals())
@@ -163,14 +200,23 @@ class IFInpaintingPipeline(IFStage):
         callback_steps: int = 1,
         clean_caption: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        *,
+        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        safety: Action = "black",
+        batch_invariant: bool = False,
+        feather: int = 0,
+        resamples: int = 1,
     ) -> Result:
         """Repaint within the mask. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
         return self._call(locals())
 
     def _task(self, arguments: Mapping[str, Any]) -> Task:
         options = self._options(arguments)
-        canvas = self._masked(arguments["image"], arguments["mask_image"], options, "image")
-        return self._prepared(options, canvas, strength=arguments["strength"])
+        canvas, kept = self._masked(arguments, options, "image")
+        return self._prepared(
+            options, canvas, strength=arguments["strength"], kept=kept, resamples=arguments["resamples"]
+        )
 
 
 class IFSuperResolutionPipeline(IFSuperResolutionStage):
@@ -198,6 +244,11 @@ class IFSuperResolutionPipeline(IFSuperResolutionStage):
         cross_attention_kwargs: dict[str, Any] | None = None,
         noise_level: int = 250,
         clean_caption: bool = True,
+        *,
+        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        safety: Action = "black",
+        batch_invariant: bool = False,
     ) -> Result:
         """Enlarge. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
         return self._call(locals())
@@ -234,6 +285,11 @@ class IFImg2ImgSuperResolutionPipeline(IFSuperResolutionStage):
         cross_attention_kwargs: dict[str, Any] | None = None,
         noise_level: int = 250,
         clean_caption: bool = True,
+        *,
+        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        safety: Action = "black",
+        batch_invariant: bool = False,
     ) -> Result:
         """Enlarge a variation. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
         return self._call(locals())
@@ -271,6 +327,13 @@ class IFInpaintingSuperResolutionPipeline(IFSuperResolutionStage):
         cross_attention_kwargs: dict[str, Any] | None = None,
         noise_level: int = 0,
         clean_caption: bool = True,
+        *,
+        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        safety: Action = "black",
+        batch_invariant: bool = False,
+        feather: int = 0,
+        resamples: int = 1,
     ) -> Result:
         """Enlarge within the mask. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
         return self._call(locals())
@@ -278,5 +341,12 @@ class IFInpaintingSuperResolutionPipeline(IFSuperResolutionStage):
     def _task(self, arguments: Mapping[str, Any]) -> Task:
         options = self._options(arguments)
         low_res = self._low_res(arguments["image"], options, arguments["noise_level"])
-        canvas = self._masked(arguments["original_image"], arguments["mask_image"], options, "original_image")
-        return self._prepared(options, canvas, strength=arguments["strength"], low_res=low_res)
+        canvas, kept = self._masked(arguments, options, "original_image")
+        return self._prepared(
+            options,
+            canvas,
+            strength=arguments["strength"],
+            low_res=low_res,
+            kept=kept,
+            resamples=arguments["resamples"],
+        )

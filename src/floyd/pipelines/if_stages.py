@@ -14,16 +14,22 @@ import torch
 from torch import Tensor
 
 from floyd.diffusion.canvas import Canvas
-from floyd.images.resize import resize_short_side
-from floyd.pipelines.options import Options, check_noise_level, check_size, dtype_of
-from floyd.pipelines.output import IFPipelineOutput
+from floyd.diffusion.repaint import NoisedCanvas, by_the_table, resampled
+from floyd.images.composite import each, size_of
+from floyd.images.mask import softened
+from floyd.images.resize import resize_short_side, short_side_size
+from floyd.pipelines.apart import steady
+from floyd.pipelines.finish import Finished
+from floyd.pipelines.keeping import Kept
+from floyd.pipelines.options import MAX_SIDE, Options, check_noise_level, check_size, dtype_of
+from floyd.pipelines.output import IFInpaintingOutput, IFPipelineOutput
 from floyd.pipelines.painter import LowRes, Painter, Task
 from floyd.pipelines.pictures import masks, pictures
-from floyd.text.prompts import PromptPair, encode_prompt
+from floyd.text.prompts import T5_TOKENS, PromptPair, encode_prompt
 
 log = logging.getLogger(__name__)
 
-ROUNDING = 8  # of the longer side of a given picture, or the network's own multiple where that is larger
+ROUNDING = 8  # of the longer side of a PIL picture, as in the incumbent
 
 
 class IFStage(Painter):
@@ -71,12 +77,14 @@ class IFStage(Painter):
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         clean_caption: bool = False,
+        *,
+        batch_invariant: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The prompt's and the negative prompt's embeddings, to be passed to all stages; T5 can then be deleted.
 
         `clean_caption` is off here and on in the call, as in the incumbent: encoded here, a prompt is only lower-cased.
         """
-        with self._placement.use(self.text_encoder) as text_encoder:
+        with self._placement.use(self.text_encoder) as text_encoder, steady(batch_invariant):
             pair = encode_prompt(
                 prompt,
                 tokenizer=self.tokenizer,
@@ -89,34 +97,40 @@ class IFStage(Painter):
                 clean_caption=clean_caption,
                 device=self._device_for(self.unet, self.text_encoder) if device is None else device,
                 unet_dtype=None if self.unet is None else dtype_of(self.unet),
+                one_by_one=batch_invariant,
             )
         return pair.positive, pair.negative
 
     def _call(self, arguments: Mapping[str, Any]) -> IFPipelineOutput | tuple[Any, Any, Any]:
-        task = self._task(arguments)
-        done = self.finished(self._denoised(task))
-        output = IFPipelineOutput(done.images(task.options.output_type), done.nsfw, done.watermarked)
+        task, x_BCHW = self._run(arguments)
+        done = self.finished(x_BCHW, task.options.safety, batch_invariant=task.options.batch_invariant)
+        with steady(task.options.batch_invariant):
+            output = _output(task, done)
         if task.options.return_dict:
             return output
         return output.images, output.nsfw_detected, output.watermark_detected
 
-    def _options(self, arguments: Mapping[str, Any]) -> Options:
-        self._need("unet", "scheduler")
-        options = Options.of(arguments)
-        options.check_output_type()
-        if options.reads_text:
-            self._need("tokenizer", "text_encoder")
-        return options
+    def _num_tokens(self) -> int:
+        return T5_TOKENS
 
     def _prepared(
-        self, options: Options, canvas: Canvas, *, strength: float = 1.0, low_res: LowRes | None = None
+        self,
+        options: Options,
+        canvas: Canvas,
+        *,
+        strength: float = 1.0,
+        low_res: LowRes | None = None,
+        kept: Kept | None = None,
+        resamples: int = 1,
     ) -> Task:
         """The end of every `_task`: only here, after all checks, is the text read."""
         sampler, steps = self.steps_for(options, strength)
-        for name, side in zip(("height", "width"), canvas.picture_BCHW.shape[-2:], strict=True):
-            check_size(name, side, self._size_multiple())
+        steps = resampled(steps, resamples)
+        canvas = canvas.widened(self._size_multiple())
+        if resamples > 1:
+            sampler, canvas = by_the_table(sampler), NoisedCanvas.of(canvas)
         text = PromptPair(*self.encode_prompt(**self._text_of(options)))
-        return Task(options=options, text=text, canvas=canvas, steps=steps, sampler=sampler, low_res=low_res)
+        return Task(options=options, text=text, canvas=canvas, steps=steps, sampler=sampler, low_res=low_res, kept=kept)
 
     def _text_of(self, options: Options) -> dict[str, Any]:
         return {
@@ -127,6 +141,7 @@ class IFStage(Painter):
             "prompt_embeds": options.prompt_embeds,
             "negative_prompt_embeds": options.negative_prompt_embeds,
             "clean_caption": options.clean_caption,
+            "batch_invariant": options.batch_invariant,
         }
 
     @property
@@ -135,25 +150,41 @@ class IFStage(Painter):
 
     def _blank(self, options: Options, height: int | None, width: int | None) -> Canvas:
         side = self.unet.config.sample_size
-        multiple = self._size_multiple()
-        rows = check_size("height", side if height is None else height, multiple)
-        columns = check_size("width", side if width is None else width, multiple)
+        rows = check_size("height", side if height is None else height)
+        columns = check_size("width", side if width is None else width)
         device = self._device_for(self.unet)
         return Canvas.blank(options.num_images, rows, columns, self._channels, device=device)
 
     def _painted(self, image: Any, options: Options, name: str) -> Canvas:
         """A given picture as canvas; PIL pictures are brought to the stage's size."""
-        x_BCHW = pictures(image, options, name=name, resize=self._resize())
+        x_BCHW = pictures(image, options, name=name, resize=self._resize(name))
+        _check_sides(name, x_BCHW.shape[3], x_BCHW.shape[2])
         return Canvas(x_BCHW.to(self._device_for(self.unet)))
 
-    def _masked(self, image: Any, mask_image: Any, options: Options, name: str) -> Canvas:
-        canvas = self._painted(image, options, name)
-        mask_B1HW = masks(mask_image, options, canvas.picture_BCHW.shape[-2:], resize=self._resize())
-        return Canvas(canvas.picture_BCHW, mask_B1HW=mask_B1HW.to(canvas.picture_BCHW.device))
+    def _masked(self, arguments: Mapping[str, Any], options: Options, name: str) -> tuple[Canvas, Kept]:
+        """The canvas of an inpainting, and what will be put back; a mask is as large as the picture, or is made so."""
+        image, mask_image, feather = (arguments[key] for key in (name, "mask_image", "feather"))
+        picture_BCHW = self._painted(image, options, name).picture_BCHW
+        size = (picture_BCHW.shape[2], picture_BCHW.shape[3])
+        if not isinstance(feather, int) or isinstance(feather, bool) or not 0 <= feather <= min(size):
+            raise ValueError(
+                f"feather must be a number of pixels in [0, {min(size)}], an int; got {feather!r}. It is counted at "
+                "the size of this stage."
+            )
+        given = sorted({size_of(picture) for picture in each(image)})
+        mask_B1HW = masks(mask_image, options, size, shapes=given, resize=self._resize("mask_image"))
+        soft_B1HW = softened(mask_B1HW, feather) if feather else None
+        canvas = Canvas(picture_BCHW, mask_B1HW=mask_B1HW, soft_B1HW=soft_B1HW)
+        return canvas, Kept.of(image, mask_image, canvas)
 
-    def _resize(self) -> Callable[[Any], Any]:
-        multiple = max(ROUNDING, self._size_multiple())
-        return partial(resize_short_side, side=self.unet.config.sample_size, multiple=multiple)
+    def _resize(self, name: str) -> Callable[[Any], Any]:
+        side = self.unet.config.sample_size
+
+        def resize(picture: Any) -> Any:
+            _check_sides(name, *short_side_size(picture.width, picture.height, side, multiple=ROUNDING))
+            return resize_short_side(picture, side, multiple=ROUNDING)
+
+        return resize
 
 
 class IFSuperResolutionStage(IFStage):
@@ -212,17 +243,38 @@ class IFSuperResolutionStage(IFStage):
         return len(self.image_noising_scheduler.schedule)
 
     def _enlarged_size(self, low_res_BCHW: Tensor, height: int | None, width: int | None) -> tuple[int, int]:
-        """The sides of the result; where none is given, the picture's shape is kept."""
-        side, multiple = self.unet.config.sample_size, self._size_multiple()
+        """The sides of the result: the picture's shape, unless both are given; the network's size unless one is."""
         rows, columns = low_res_BCHW.shape[-2:]
-        if height is not None and width is not None:
-            return height, width
-        if rows == columns:
-            return height or side, width or side
-        short = min(rows, columns)
-        own_height, own_width = (_nearest(side * length / short, multiple) for length in (rows, columns))
+        if height is not None:
+            check_size("height", height)
+        if width is not None:
+            check_size("width", width)
+        if height is None and width is None:
+            factor = self.unet.config.sample_size / min(rows, columns)
+        else:
+            factor = width / columns if height is None else height / rows  # type: ignore[operator]
+        own_height, own_width = (max(1, round(length * factor)) for length in (rows, columns))
+        if max(own_height, own_width) > MAX_SIDE and (height is None or width is None):
+            raise ValueError(
+                f"image is {columns}x{rows} px (width x height), which would become {own_width}x{own_height}; a side "
+                f"may have {MAX_SIDE} px at most. Pass height and width, or another picture."
+            )
         return height or own_height, width or own_width
 
 
-def _nearest(length: float, multiple: int) -> int:
-    return max(1, round(length / multiple)) * multiple
+def _check_sides(name: str, width: int, height: int) -> None:
+    check_size(f"The width of {name} at this stage", width)
+    check_size(f"The height of {name} at this stage", height)
+
+
+def _output(task: Task, done: Finished) -> IFPipelineOutput:
+    kind, kept = task.options.output_type, task.kept
+    told: dict[str, Any] = {
+        "nsfw_detected": done.nsfw,
+        "watermark_detected": done.watermarked,
+        "nsfw_scores": done.nsfw_scores,
+        "watermark_scores": done.watermark_scores,
+    }
+    if kept is None:
+        return IFPipelineOutput(done.images(kind), **told)
+    return IFInpaintingOutput(kept.images(done, kind), **told, enlarged=partial(kept.full_size, done, kind))

@@ -6,7 +6,8 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self, TypedDict
+from numbers import Integral, Real
+from typing import Any, Literal, Self, TypedDict, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -14,6 +15,14 @@ from torch import Generator, Tensor
 from floyd.text.checks import batch_size, check_prompts
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+MAX_SIDE = 4096  # of a canvas; more is likelier a slip than a wish, and no memory is large enough
+
+Action = Literal["black", "blur", "flag", "raise"]  # what is done with a picture that looks unsafe
+ACTIONS: tuple[Action, ...] = get_args(Action)
+
+StepEnd = Callable[[Any, int, int, dict[str, Tensor | None]], Any]
+CHAIN_NAMES = ("x", "latents")  # what is painted on: our word, and the incumbent's in all its pipelines
+TENSOR_INPUTS = (*CHAIN_NAMES, "clean", "prompt_embeds", "negative_prompt_embeds")
 
 
 class CallOptions(TypedDict, total=False):
@@ -35,6 +44,10 @@ class CallOptions(TypedDict, total=False):
     callback_steps: int
     clean_caption: bool
     cross_attention_kwargs: dict[str, Any] | None
+    callback_on_step_end: StepEnd | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
+    safety: Action
+    batch_invariant: bool
 
 
 class StageOptions(CallOptions, total=False):
@@ -49,6 +62,8 @@ class StageOptions(CallOptions, total=False):
     noise_level: int
     latents: Tensor | None
     clip_skip: int | None
+    feather: int
+    resamples: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,6 +86,10 @@ class Options:
     callback_steps: int = 1
     clean_caption: bool = True
     cross_attention_kwargs: Mapping[str, Any] | None = None
+    callback_on_step_end: StepEnd | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
+    safety: Action = "black"
+    batch_invariant: bool = False
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -82,12 +101,19 @@ class Options:
         check_prompts(self.prompt, self.negative_prompt, self.prompt_embeds, self.negative_prompt_embeds)
         positive("callback_steps", self.callback_steps)
         positive("num_images_per_prompt", self.num_images_per_prompt)
-        if not isinstance(self.guidance_scale, int | float) or not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale must be a finite number, got {self.guidance_scale!r}.")
-        if self.callback is not None and not callable(self.callback):
-            raise TypeError(f"callback must be callable with (i, t, x), got {type(self.callback).__name__}.")
+        if self.timesteps is None:
+            positive("num_inference_steps", self.num_inference_steps)
+        finite("guidance_scale", self.guidance_scale)
+        if not 0 <= finite("eta", self.eta) <= 1:
+            raise ValueError(f"eta must be in [0, 1], got {self.eta}.")
+        truth("return_dict", self.return_dict)
+        truth("clean_caption", self.clean_caption)
+        truth("batch_invariant", self.batch_invariant)
+        if self.safety not in ACTIONS:
+            raise ValueError(f"safety must be one of {', '.join(ACTIONS)}, got {self.safety!r}.")
         self._check_generators()
         self._check_attention()
+        self._check_callbacks()
 
     @property
     def is_guided(self) -> bool:
@@ -106,6 +132,11 @@ class Options:
         """Whether a text encoder is needed at all."""
         return self.prompt is not None or (self.is_guided and self.negative_prompt_embeds is None)
 
+    @property
+    def tensor_inputs(self) -> tuple[str, ...]:
+        """What `callback_on_step_end` is handed; a callback object of the incumbent's says it itself."""
+        return tuple(getattr(self.callback_on_step_end, "tensor_inputs", self.callback_on_step_end_tensor_inputs))
+
     def check_output_type(self, *more: str) -> None:
         allowed = (*OUTPUT_TYPES, *more)
         if self.output_type not in allowed:
@@ -123,29 +154,68 @@ class Options:
                 f"({self.num_prompts} prompts x {self.num_images_per_prompt}); pass one, or one per image."
             )
 
+    def check_device(self, device: torch.device) -> None:
+        """A generator on an accelerator cannot draw for another; one on the CPU serves all."""
+        generators = self.generator if isinstance(self.generator, Sequence) else [self.generator]
+        for generator in generators:
+            if generator is not None and generator.device.type not in ("cpu", device.type):
+                raise ValueError(
+                    f"generator lies on {generator.device.type}, the network on {device.type}; make it with "
+                    f"torch.Generator({device.type!r}), or on the CPU, which serves every device."
+                )
+
     def _check_attention(self) -> None:
-        if unknown := set(self.cross_attention_kwargs or {}) - {"scale"}:
-            raise ValueError(f"cross_attention_kwargs may hold 'scale', the weight of LoRA; got {sorted(unknown)}.")
+        told = {} if self.cross_attention_kwargs is None else self.cross_attention_kwargs
+        if not isinstance(told, Mapping):
+            raise TypeError(f"cross_attention_kwargs must be a dict, got {type(told).__name__}.")
+        if unknown := set(told) - {"scale"}:
+            raise ValueError(
+                f"cross_attention_kwargs may hold 'scale', the weight of LoRA; got {', '.join(map(repr, unknown))}."
+            )
+        finite("cross_attention_kwargs['scale']", told.get("scale", 1))
+
+    def _check_callbacks(self) -> None:
+        wanted = {"callback": "(i, t, x)", "callback_on_step_end": "(pipeline, i, t, callback_kwargs)"}
+        for name, signature in wanted.items():
+            if (given := getattr(self, name)) is not None and not callable(given):
+                raise TypeError(f"{name} must be callable with {signature}, got {type(given).__name__}.")
+        name, names = "callback_on_step_end_tensor_inputs", self.callback_on_step_end_tensor_inputs
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise TypeError(f"{name} must be a list of names, got {names!r}.")
+        if unknown := [given for given in self.tensor_inputs if given not in TENSOR_INPUTS]:
+            raise ValueError(
+                f"{name} may hold {', '.join(TENSOR_INPUTS)}; got {', '.join(str(given) for given in unknown)}."
+            )
+        if len(set(CHAIN_NAMES) & set(self.tensor_inputs)) > 1:
+            raise ValueError(f"{name}: {' and '.join(CHAIN_NAMES)} are two names of one tensor; ask for one of them.")
 
 
 def positive(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r} ({type(value).__name__}).")
 
 
+def finite(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    return float(value)
+
+
+def truth(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
 def check_noise_level(level: Any, limit: int, name: str = "noise_level") -> int:
-    if not isinstance(level, int) or isinstance(level, bool) or not 0 <= level < limit:
+    if isinstance(level, bool) or not isinstance(level, Integral) or not 0 <= int(level) < limit:
         raise ValueError(f"{name} must be an int in [0, {limit}), got {level!r}.")
-    return level
+    return int(level)
 
 
-def check_size(name: str, value: Any, multiple: int) -> int:
-    """A side that the network can halve as often as it has levels."""
-    positive(name, value)
-    if value % multiple:
-        below = value // multiple * multiple
-        near = f"{below} or {below + multiple}" if below else f"{multiple}"
-        raise ValueError(f"{name} must be a multiple of {multiple} for this network, got {value}; {near} would do.")
+def check_size(name: str, value: Any, largest: int = MAX_SIDE) -> int:
+    """Any number of pixels that a canvas may have along one side."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= largest:
+        raise ValueError(f"{name} must be a number of pixels in [1, {largest}], an int; got {value!r}.")
     return int(value)
 
 

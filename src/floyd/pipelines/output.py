@@ -1,10 +1,14 @@
-"""What a pipeline returns: readable by name, by key and by place, as scripts written for the incumbent do it."""
+"""What a pipeline returns: readable by name, by key and by place, as scripts written for the incumbent do it.
+
+What the incumbent does not tell is found by name alone, so that a script which unpacks an output finds the places it
+knows. Scores are the safety checker's logits, one for each picture; what is above 0.5 is detected.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,8 +21,10 @@ if TYPE_CHECKING:
 class Output:
     """`output.images`, `output["images"]` and `output[0]` are one thing; fields that hold None have no place."""
 
+    places: ClassVar[tuple[str, ...]]
+
     def keys(self) -> tuple[str, ...]:
-        return tuple(f.name for f in fields(self) if getattr(self, f.name) is not None)  # type: ignore[arg-type]
+        return tuple(name for name in self.places if getattr(self, name) is not None)
 
     def values(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.keys())
@@ -48,14 +54,37 @@ class Output:
 class IFPipelineOutput(Output):
     """A stage of IF: the pictures, and what the safety checker says of each (None without a checker)."""
 
+    places: ClassVar[tuple[str, ...]] = ("images", "nsfw_detected", "watermark_detected")
+
     images: Images
     nsfw_detected: list[bool] | None = None
     watermark_detected: list[bool] | None = None
+    nsfw_scores: list[float] | None = None
+    watermark_scores: list[float] | None = None
+
+
+@dataclass(eq=False)
+class IFInpaintingOutput(IFPipelineOutput):
+    """The same, of an inpainting: what the mask keeps can be had at the size of the given pictures."""
+
+    enlarged: Callable[[], Images] | None = None
+
+    def full_size(self) -> Images:
+        """The given pictures at their own size, with what was painted enlarged into them; the rest is theirs to the
+        last bit. They are of the kind that `images` are."""
+        if self.enlarged is None:
+            raise ValueError("This output does not know which pictures were given; put_back() puts images into any.")
+        return self.enlarged()
 
 
 @dataclass(eq=False)
 class StableDiffusionPipelineOutput(Output):
     """Stage III: the pictures, and what the safety checker says of each (None without a checker)."""
 
+    places: ClassVar[tuple[str, ...]] = ("images", "nsfw_content_detected")
+
     images: Images
     nsfw_content_detected: list[bool] | None = None
+    watermark_detected: list[bool] | None = None
+    nsfw_scores: list[float] | None = None
+    watermark_scores: list[float] | None = None

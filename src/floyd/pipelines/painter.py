@@ -8,25 +8,32 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
-from typing import Any, ClassVar, Unpack
+from threading import Event
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from floyd.diffusion.canvas import Canvas
 from floyd.diffusion.conditioning import Conditioning, low_res_condition
-from floyd.diffusion.engine import STOP, Moved, OnStep, denoise, moves
+from floyd.diffusion.engine import Moved, OnStep, denoise, moves
 from floyd.diffusion.guidance import Guidance, Network, Predict
 from floyd.diffusion.noise import Noise
+from floyd.diffusion.repaint import repainting
 from floyd.diffusion.samplers import Sampler
 from floyd.diffusion.schedule import NoiseSchedule
 from floyd.diffusion.timesteps import Step
+from floyd.pipelines.apart import Apart, each, predictor, steady
 from floyd.pipelines.base import DiffusionPipeline
 from floyd.pipelines.finish import Finished, Judge
-from floyd.pipelines.options import Options, StageOptions, dtype_of, with_defaults
+from floyd.pipelines.keeping import Kept
+from floyd.pipelines.options import Action, Options, StageOptions, dtype_of, with_defaults
+from floyd.pipelines.watching import Interrupts, Watcher
 from floyd.store.layout import uncompiled
 from floyd.text.prompts import PromptPair
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +58,7 @@ class Task:
     sampler: Sampler
     low_res: LowRes | None = None
     start_BCHW: Tensor | None = None  # instead of a draw
+    kept: Kept | None = None  # what an inpainting was given, to be put back
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,19 +71,22 @@ class Chain:
     steps: tuple[Step, ...]
     canvas: Canvas
     noise: Noise
+    predict_for: Callable[[PromptPair], Predict]  # the same network, told another text
 
     def run(self, on_step: OnStep | None = None) -> Tensor:
         return denoise(self.x_BCHW, self.predict, self.sampler, self.steps, self.canvas, self.noise, on_step)
 
     def moves(self) -> Iterator[Moved]:
         """The same, one step at a time, for whoever wants to watch or to stop."""
-        return moves(self.x_BCHW, self.predict, self.sampler, self.steps, self.canvas, self.noise)
+        for moved in moves(self.x_BCHW, self.predict, self.sampler, self.steps, self.canvas, self.noise):
+            yield moved._replace(x_BCHW=self.canvas.blended(moved.x_BCHW)) if moved.step.is_last else moved
 
 
 class Painter(DiffusionPipeline):
     """A pipeline whose call is one stage: text and canvas in, pictures out."""
 
     draws_low_res_first: ClassVar[bool] = False  # the order of the draws is part of what a seed means
+    more_output_types: ClassVar[tuple[str, ...]] = ()
 
     unet: Any
     scheduler: Any
@@ -83,9 +94,15 @@ class Painter(DiffusionPipeline):
     feature_extractor: Any
     watermarker: Any
 
+    def _register(self, components: Mapping[str, Any], **values: Any) -> None:
+        super()._register(components, **values)
+        self._interrupts = Interrupts()
+
     def task(self, **options: Unpack[StageOptions]) -> Task:
         """What a call with these arguments would paint; `watch` it, or stop it half-way."""
-        return self._task(with_defaults(self.__call__, options))
+        arguments = with_defaults(self.__call__, options)
+        with steady(arguments["batch_invariant"] is True):
+            return self._task(arguments)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         raise NotImplementedError
@@ -95,36 +112,96 @@ class Painter(DiffusionPipeline):
 
     def watch(self, task: Task) -> Generator[Moved]:
         """Paint, one step at a time; closing the iterator stops. The last `x_BCHW` is for `finished`."""
-        with self._placement.use(self.unet) as unet:
-            yield from self._chain(task, unet).moves()
+        with self._interrupts.call() as end, self._placement.use(self.unet) as unet:
+            for moved in self._chain(task, unet).moves():
+                yield moved
+                if end.is_set():
+                    return
 
     @torch.no_grad()
-    def finished(self, x_BCHW: Tensor) -> Finished:
-        """What `watch` ended with as pictures, looked at by the safety checker."""
-        return self._judge().look(x_BCHW)
+    def finished(
+        self,
+        x_BCHW: Tensor,
+        safety: Action = "black",
+        *,
+        before: Finished | None = None,
+        batch_invariant: bool = False,
+    ) -> Finished:
+        """What `watch` ended with as pictures, looked at by the safety checker.
 
-    def _denoised(self, task: Task) -> Tensor:
+        `before`: the same pictures before they were enlarged; what was unsafe then is treated as unsafe now.
+        """
+        pixels_BCHW = each(self.decode, x_BCHW) if batch_invariant else self.decode(x_BCHW)
+        with steady(batch_invariant):
+            return self._judge(one_by_one=batch_invariant).look(pixels_BCHW, safety, before=before)
+
+    @torch.no_grad()
+    def preview(self, clean_BCHW: Tensor, safety: Action = "black", *, before: Finished | None = None) -> list[Image]:
+        """Pictures of the "clean" that a callback is handed. What is unsafe is treated as in the end, but not told."""
+        return self._judge().look(self.decode(clean_BCHW), safety, before=before, is_preview=True).pil()
+
+    def decode(self, x_BCHW: Tensor) -> Tensor:
+        """From what is painted on to pixels."""
+        return x_BCHW
+
+    def interrupt(self) -> None:
+        """End every call under way on this pipeline, from any thread, after the step it is at.
+
+        A call so ended returns the clean picture predicted so far. Calls that begin later are not affected.
+        """
+        if not self._interrupts.end_all():
+            log.info("Nothing is being painted by this %s: there is nothing to interrupt.", type(self).__name__)
+
+    @property
+    def _interrupt(self) -> bool:
+        """The incumbent's switch: `pipe._interrupt = True` in a callback ends the call."""
+        return self._interrupts.is_ending
+
+    @_interrupt.setter
+    def _interrupt(self, is_ending: bool) -> None:
+        if is_ending:
+            self.interrupt()
+
+    def _run(self, arguments: Mapping[str, Any]) -> tuple[Task, Tensor]:
+        """A call but for its end."""
+        with self._interrupts.call() as end, steady(arguments["batch_invariant"] is True):
+            task = self._task(arguments)
+            return task, self._denoised(task, end)
+
+    def _denoised(self, task: Task, end: Event) -> Tensor:
         with self._placement.use(self.unet) as unet, self.progress_bar(total=len(task.steps)) as bar:
-            return self._chain(task, unet).run(_reporter(task.options, bar.update))
+            chain = self._chain(task, unet)
+            watcher = Watcher(self, task.options, task.text, predict_for=chain.predict_for, tick=bar.update, end=end)
+            return chain.run(watcher)
 
     @torch.no_grad()
     def _chain(self, task: Task, unet: Any) -> Chain:
         """Draws the canvas, then the low-resolution picture's noise, or the reverse if the class says so."""
-        noise = Noise(task.options.generator)
-        if self.draws_low_res_first:
-            extra = _low_res(task, noise)
-            x_BCHW = _first(task, noise)
-        else:
-            x_BCHW = _first(task, noise)
-            extra = _low_res(task, noise)
-        positive, negative = (None if text is None else Conditioning(text, *extra) for text in task.text)
-        assert positive is not None
-        guidance = Guidance.classifier_free(positive, negative, task.options.guidance_scale)
-        predict = guidance.predictor(network(unet, guidance.joined, task.options.cross_attention_kwargs))
-        return Chain(x_BCHW, predict, task.sampler, task.steps, task.canvas, noise)
+        noise, is_apart = Noise(task.options.generator), task.options.batch_invariant
+        with steady(is_apart):
+            if self.draws_low_res_first:
+                extra = _low_res(task, noise)
+                x_BCHW = _first(task, noise)
+            else:
+                x_BCHW = _first(task, noise)
+                extra = _low_res(task, noise)
 
-    def _judge(self) -> Judge:
-        return Judge(self.safety_checker, self.feature_extractor, self.watermarker, self._placement)
+        @torch.no_grad()
+        def predict_for(text: PromptPair) -> Predict:
+            positive, negative = (None if part is None else Conditioning(part, *extra) for part in text)
+            assert positive is not None
+            guidance = Guidance.classifier_free(positive, negative, task.options.guidance_scale)
+            attention = task.options.cross_attention_kwargs
+            if is_apart:
+                return predictor(guidance, lambda told: network(unet, told, attention))
+            return guidance.predictor(network(unet, guidance.joined, attention))
+
+        sampler = Apart.of(task.sampler, len(x_BCHW)) if is_apart else task.sampler
+        sampler = repainting(sampler, task.canvas)
+        return Chain(x_BCHW, predict_for(task.text), sampler, task.steps, task.canvas, noise, predict_for)
+
+    def _judge(self, *, one_by_one: bool = False) -> Judge:
+        return Judge(self.safety_checker, self.feature_extractor, self.watermarker, self._placement, one_by_one)
 
     def _check_safety(self, requires_safety_checker: bool) -> None:
         """For constructors."""
@@ -139,6 +216,48 @@ class Painter(DiffusionPipeline):
                 "filter wherever results reach the public; pass requires_safety_checker=False if this is intended.",
                 type(self).__name__,
             )
+
+    def _options(self, arguments: Mapping[str, Any]) -> Options:
+        """A call's arguments, checked by themselves and against the components; no text is read, nothing drawn."""
+        self._need("unet", "scheduler")
+        options = Options.of(arguments)
+        options.check_output_type(*self.more_output_types)
+        options.check_device(self._device_for(self.unet))
+        if options.reads_text:
+            self._need("tokenizer", "text_encoder")
+        if self.safety_checker is not None:
+            self._need("feature_extractor")
+        elif options.safety != "black":
+            raise ValueError(
+                f"safety={options.safety!r} needs a safety_checker, of which this {type(self).__name__} has none: "
+                "load one, or leave safety out."
+            )
+        self._check_embeds(options)
+        return options
+
+    def _check_embeds(self, options: Options) -> None:
+        """Given embeddings against the network that reads them, and against the text that will stand beside them."""
+        config, width = self.unet.config, None
+        for key in ("encoder_hid_dim", "cross_attention_dim"):
+            width = getattr(config, key, None) if width is None else width
+        given = {"prompt_embeds": options.prompt_embeds, "negative_prompt_embeds": options.negative_prompt_embeds}
+        for name, embeds in given.items():
+            if embeds is not None and isinstance(width, int) and embeds.shape[2] != width:
+                raise ValueError(
+                    f"{name} are {embeds.shape[2]} wide, this network reads {width}; make them with encode_prompt of "
+                    "a pipeline that has the same text encoder."
+                )
+        negative = options.negative_prompt_embeds
+        if options.prompt is not None and options.is_guided and negative is not None:
+            tokens = self._num_tokens()
+            if negative.shape[1] != tokens:
+                raise ValueError(
+                    f"negative_prompt_embeds have {negative.shape[1]} tokens, but a prompt is read as {tokens}."
+                )
+
+    def _num_tokens(self) -> int:
+        """As how many tokens a prompt is read."""
+        raise NotImplementedError
 
     def _need(self, *names: str) -> None:
         for name in names:
@@ -173,8 +292,10 @@ def _first(task: Task, noise: Noise) -> Tensor:
 def _low_res(task: Task, noise: Noise) -> tuple[Tensor, Tensor] | tuple[()]:
     if task.low_res is None:
         return ()
-    size = task.canvas.picture_BCHW.shape[-2:]
-    return low_res_condition(task.low_res.picture_BCHW, size, task.low_res.level, task.low_res.schedule, noise)
+    given, canvas = task.low_res, task.canvas
+    return low_res_condition(
+        given.picture_BCHW, canvas.sides, given.level, given.schedule, noise, extended=canvas.extended
+    )
 
 
 def network(unet: Any, told: Conditioning, attention: Mapping[str, Any] | None = None) -> Network:
@@ -208,18 +329,3 @@ def _is_compiled(unet: Any) -> bool:
 
 def _time(t: int, like: Tensor) -> Tensor:
     return torch.tensor(t, device=like.device)  # a tensor, so that a compiled network is not compiled for every number
-
-
-def _reporter(options: Options, tick: Callable[[], Any]) -> OnStep:
-    """The callback of the incumbent's signature, (i, t, x); returning STOP ends the chain."""
-    places = count()
-
-    def on_step(step: Step, x_BCHW: Tensor, clean_BCHW: Tensor) -> Any:
-        tick()
-        i = next(places)
-        if options.callback is not None and i % options.callback_steps == 0:
-            verdict = options.callback(i, step.t, x_BCHW)
-            return STOP if verdict is STOP else None
-        return None
-
-    return on_step

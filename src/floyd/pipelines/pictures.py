@@ -5,7 +5,7 @@ B images  C channels  H height  W width
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,16 +39,21 @@ def pictures(
     return per_image(torch.cat(parts), options, name)
 
 
-def masks(mask_image: Any, options: Options, size: torch.Size, *, resize: Callable[[Any], Any] | None = None) -> Tensor:
-    """Masks of any kind, 1 where to repaint: one for each prompt, or one for all."""
+def masks(
+    mask_image: Any,
+    options: Options,
+    size: tuple[int, int],
+    *,
+    shapes: Sequence[tuple[int, int]] = (),
+    resize: Callable[[Any], Any] | None = None,
+) -> Tensor:
+    """Masks of any kind, 1 where to repaint: one for each prompt, or one for all.
+
+    All are brought to `size`, (height, width), if they have its shape or that of one of `shapes`.
+    """
     if mask_image is None:
         raise ValueError("mask_image is missing: pass a mask, white where the picture is to be repainted.")
-    mask_B1HW = mask_to_tensor(mask_image, resize=resize)
-    if mask_B1HW.shape[2:] != size:
-        raise ValueError(
-            f"mask_image is {mask_B1HW.shape[3]}x{mask_B1HW.shape[2]} px, the picture {size[1]}x{size[0]} px "
-            "(width x height): give both the same shape."
-        )
+    mask_B1HW = mask_to_tensor(mask_image, resize=resize, size=size, shapes=shapes)
     return mask_B1HW if len(mask_B1HW) == 1 else per_image(mask_B1HW, options, "mask_image")
 
 

@@ -9,21 +9,21 @@ B images  C channels  H height  W width  Z latent channels  h, w of the latent
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from floyd.diffusion.canvas import Canvas
-from floyd.images.resize import floor_picture, floor_tensor
-from floyd.pipelines.options import Options, check_noise_level, dtype_of
+from floyd.pipelines.apart import steady
+from floyd.pipelines.finish import Finished
+from floyd.pipelines.options import Action, Options, StepEnd, check_noise_level, check_size, dtype_of
 from floyd.pipelines.output import StableDiffusionPipelineOutput
 from floyd.pipelines.painter import LowRes, Painter, Task
 from floyd.pipelines.pictures import pictures
-from floyd.text.prompts import PromptPair, encode_clip_prompt
+from floyd.text.prompts import PromptPair, clip_tokens, encode_clip_prompt
 
 if TYPE_CHECKING:
     from floyd.images.convert import Pictures
@@ -54,6 +54,7 @@ class StableDiffusionUpscalePipeline(Painter):
     optional_components: ClassVar[frozenset[str]] = frozenset({"safety_checker", "feature_extractor", "watermarker"})
     value_names: ClassVar[tuple[str, ...]] = ("max_noise_level",)
     draws_low_res_first: ClassVar[bool] = True
+    more_output_types: ClassVar[tuple[str, ...]] = ("latent",)
 
     vae: Any
     text_encoder: Any
@@ -91,11 +92,13 @@ class StableDiffusionUpscalePipeline(Painter):
         negative_prompt_embeds: Tensor | None = None,
         lora_scale: float | None = None,
         clip_skip: int | None = None,
+        *,
+        batch_invariant: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """CLIP's embeddings of the prompt and the negative prompt. The argument order is the incumbent's."""
         if lora_scale not in (None, 1):
             log.warning("lora_scale is the weight of LoRA in the text encoder, which has none: it has no effect.")
-        with self._placement.use(self.text_encoder) as text_encoder:
+        with self._placement.use(self.text_encoder) as text_encoder, steady(batch_invariant):
             pair = encode_clip_prompt(
                 prompt,
                 tokenizer=self.tokenizer,
@@ -108,6 +111,7 @@ class StableDiffusionUpscalePipeline(Painter):
                 clip_skip=clip_skip,
                 device=self._device_for(self.unet, self.text_encoder) if device is None else device,
                 unet_dtype=None if self.unet is None else dtype_of(self.unet),
+                one_by_one=batch_invariant,
             )
         return pair.positive, pair.negative
 
@@ -131,6 +135,11 @@ class StableDiffusionUpscalePipeline(Painter):
         callback_steps: int = 1,
         cross_attention_kwargs: dict[str, Any] | None = None,
         clip_skip: int | None = None,
+        *,
+        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        safety: Action = "black",
+        batch_invariant: bool = False,
     ) -> StableDiffusionPipelineOutput | tuple[Any, Any]:
         """Enlarge four times.
 
@@ -139,18 +148,20 @@ class StableDiffusionUpscalePipeline(Painter):
         instead of noise. `output_type`: "pil", "np", "pt" (both in [0, 1]) or "latent" (not decoded). `clip_skip`:
         leave out so many of CLIP's last layers. The others are described at the head of `floyd.pipelines.deepfloyd_if`.
         """
-        task = self._task(locals())
-        x_BZhw = self._denoised(task)
-        if task.options.output_type == "latent":
+        task, x_BZhw = self._run(locals())
+        options = task.options
+        if options.output_type == "latent" and self.safety_checker is None:
             output = StableDiffusionPipelineOutput(x_BZhw)
         else:
-            done = self.finished(x_BZhw)
-            images = done.unit() if task.options.output_type == "pt" else done.images(task.options.output_type)
-            output = StableDiffusionPipelineOutput(images, done.nsfw)
-        return output if task.options.return_dict else (output.images, output.nsfw_content_detected)
-
-    def finished(self, x_BCHW: Tensor) -> Any:
-        return super().finished(self.decode(x_BCHW))
+            done = self.finished(x_BZhw, options.safety, batch_invariant=options.batch_invariant)
+            output = StableDiffusionPipelineOutput(
+                _images(x_BZhw, done, options.output_type),
+                done.nsfw,
+                watermark_detected=done.watermarked,
+                nsfw_scores=done.nsfw_scores,
+                watermark_scores=done.watermark_scores,
+            )
+        return output if options.return_dict else (output.images, output.nsfw_content_detected)
 
     @torch.no_grad()
     def decode(self, x_BZhw: Tensor) -> Tensor:
@@ -164,16 +175,14 @@ class StableDiffusionUpscalePipeline(Painter):
         return x_BCHW.float()
 
     def _task(self, arguments: Mapping[str, Any]) -> Task:
-        self._need("unet", "vae", "scheduler", "low_res_scheduler")
-        options = Options.of(arguments)
-        options.check_output_type("latent")
-        if options.reads_text:
-            self._need("tokenizer", "text_encoder")
+        self._need("vae", "low_res_scheduler")
+        options = self._options(arguments)
         low_res = self._low_res(arguments["image"], options, arguments["noise_level"])
         sampler, steps = self.steps_for(options)
         device = low_res.picture_BCHW.device
         height, width = low_res.picture_BCHW.shape[-2:]
         canvas = Canvas.blank(options.num_images, height, width, self.vae.config.latent_channels, device=device)
+        self.check_clip_skip(arguments["clip_skip"])
         start_BZhw = _start(arguments["latents"], canvas.picture_BCHW)
         self._check_channels(canvas.picture_BCHW.shape[1] + low_res.picture_BCHW.shape[1])
         positive, negative = self.encode_prompt(
@@ -184,6 +193,7 @@ class StableDiffusionUpscalePipeline(Painter):
             prompt_embeds=options.prompt_embeds,
             negative_prompt_embeds=options.negative_prompt_embeds,
             clip_skip=arguments["clip_skip"],
+            batch_invariant=options.batch_invariant,
         )
         return Task(
             options=options,
@@ -195,16 +205,30 @@ class StableDiffusionUpscalePipeline(Painter):
             start_BCHW=start_BZhw,
         )
 
+    def _num_tokens(self) -> int:
+        return clip_tokens(self.tokenizer, self.text_encoder)
+
+    def check_clip_skip(self, clip_skip: int | None) -> None:
+        """Before any text is read, and also if none will be."""
+        if clip_skip is None:
+            return
+        if not isinstance(clip_skip, int) or isinstance(clip_skip, bool):
+            raise TypeError(f"clip_skip must be an int or None, got {clip_skip!r}.")
+        layers = None if self.text_encoder is None else self.text_encoder.config.num_hidden_layers
+        if clip_skip < 0 or (layers is not None and clip_skip > layers):
+            raise ValueError(f"clip_skip must be in [0, {'...' if layers is None else layers}], got {clip_skip}.")
+
     def _low_res(self, image: Any, options: Options, noise_level: int) -> LowRes:
         level = check_noise_level(noise_level, self.noise_levels)
-        x_BCHW = pictures(image, options, resize=partial(floor_picture, multiple=self.factor))
+        x_BCHW = pictures(image, options)
+        for side, length in zip(("height", "width"), x_BCHW.shape[2:], strict=True):
+            check_size(f"The {side} of image", length)
         if isinstance(image, Tensor) and bool((x_BCHW >= 0).all()):
             log.warning(
                 "image is a tensor without a negative value. Tensors are read as [-1, 1]: if this one is in [0, 1], "
                 "pass 2 * image - 1."
             )
-        x_BCHW = floor_tensor(x_BCHW, multiple=self.factor).to(self._device_for(self.unet))
-        return LowRes(x_BCHW, level, self.low_res_scheduler.schedule)
+        return LowRes(x_BCHW.to(self._device_for(self.unet)), level, self.low_res_scheduler.schedule)
 
     @property
     def factor(self) -> int:
@@ -224,9 +248,21 @@ class StableDiffusionUpscalePipeline(Painter):
             )
 
 
+def _images(x_BZhw: Tensor, done: Finished, output_type: str) -> Any:
+    """What the caller asked for; latents of a hidden picture are zeros, "pt" is in [0, 1] here."""
+    if output_type == "latent":
+        hidden_B111 = torch.tensor(done.hidden, device=x_BZhw.device).view(-1, 1, 1, 1)
+        return x_BZhw.masked_fill(hidden_B111, 0.0)
+    return done.unit() if output_type == "pt" else done.images(output_type)
+
+
 def _start(latents: Tensor | None, blank_BZhw: Tensor) -> Tensor | None:
     if latents is None:
         return None
+    if not isinstance(latents, Tensor) or not latents.is_floating_point():
+        raise TypeError(f"latents must be a tensor of floats, got {getattr(latents, 'dtype', type(latents).__name__)}.")
     if latents.shape != blank_BZhw.shape:
         raise ValueError(f"latents must have the shape {list(blank_BZhw.shape)}, got {list(latents.shape)}.")
+    if not bool(latents.isfinite().all()):
+        raise ValueError("latents must be finite numbers; some of these are not.")
     return latents.to(blank_BZhw)

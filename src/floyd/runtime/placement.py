@@ -1,16 +1,24 @@
-"""Where the weights lie while they are used: a promise made and undone with `with`."""
+"""Where the weights lie while they are used: a promise made and undone with `with`.
+
+Calls at the same time share what they use: the first brings it, the last takes it home.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from threading import Lock, RLock
 from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 M = TypeVar("M")
+
+_CPU = torch.device("cpu")
 
 
 class Placement(Protocol):
@@ -27,7 +35,11 @@ class WhereTheyAre:
 
     @contextmanager
     def use(self, module: M) -> Iterator[M]:
-        yield module
+        if not isinstance(module, nn.Module) or is_settled(module):
+            yield module
+            return
+        with _shared(module, self, _left_alone):
+            yield module
 
     def device_of(self, module: object) -> torch.device:
         return device_of(module)
@@ -41,18 +53,23 @@ class OneAtATime:
 
     @contextmanager
     def use(self, module: M) -> Iterator[M]:
-        if not isinstance(module, nn.Module):
+        if not isinstance(module, nn.Module) or is_settled(module):
             yield module
             return
-        home = device_of(module)
-        module.to(self.device)
-        try:
+        with _shared(module, self, self._visit):
             yield module
-        finally:
-            module.to(home)
 
     def device_of(self, module: object) -> torch.device:
-        return self.device if isinstance(module, nn.Module) else device_of(module)
+        return device_of(module) if not isinstance(module, nn.Module) or is_settled(module) else self.device
+
+    @contextmanager
+    def _visit(self, module: nn.Module) -> Iterator[None]:
+        home = device_of(module)
+        try:
+            module.to(self.device)
+            yield
+        finally:
+            module.to(home)
 
 
 @dataclass(frozen=True)
@@ -63,29 +80,32 @@ class LayerByLayer:
 
     @contextmanager
     def use(self, module: M) -> Iterator[M]:
-        if not isinstance(module, nn.Module):
+        if not isinstance(module, nn.Module) or is_settled(module):
             yield module
             return
+        with _shared(module, self, self._visit):
+            yield module
+
+    def device_of(self, module: object) -> torch.device:
+        return device_of(module) if not isinstance(module, nn.Module) or is_settled(module) else self.device
+
+    @contextmanager
+    def _visit(self, module: nn.Module) -> Iterator[None]:
         home = device_of(module)
         handles = [module.register_forward_pre_hook(self._bring_inputs, with_kwargs=True, prepend=True)]
         try:
             for layer in module.modules():
                 if next(layer.children(), None) is None:
-                    handles.append(layer.register_forward_pre_hook(self._bring))
-                    handles.append(layer.register_forward_hook(_taking(home), always_call=True))
+                    errand = _Errand(self.device, home)
+                    handles.append(layer.register_forward_pre_hook(errand.bring))
+                    handles.append(layer.register_forward_hook(errand.take, always_call=True))
                 else:  # weights of its own are read by methods that no hook sees
                     layer._apply(self._here, recurse=False)
-            yield module
+            yield
         finally:
             for handle in handles:
                 handle.remove()
             module.to(home)
-
-    def device_of(self, module: object) -> torch.device:
-        return self.device if isinstance(module, nn.Module) else device_of(module)
-
-    def _bring(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        layer.to(self.device)
 
     def _bring_inputs(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -96,20 +116,112 @@ class LayerByLayer:
         return value.to(self.device) if isinstance(value, Tensor) else value
 
 
-def _taking(home: torch.device) -> Any:
-    def take(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        layer.to(home)
+class _Errand:
+    """Brings a layer for its work and takes it home after; of calls at the same time the last one does."""
 
-    return take
+    def __init__(self, device: torch.device, home: torch.device) -> None:
+        self.device, self.home = device, home
+        self.lock = Lock()
+        self.num_users = 0
+
+    def bring(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        with self.lock:
+            self.num_users += 1
+            if self.num_users == 1:
+                layer.to(self.device)
+
+    def take(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        with self.lock:
+            self.num_users -= 1
+            if self.num_users == 0:
+                layer.to(self.home)
+
+
+@dataclass(eq=False)
+class _Stay:
+    """A module in use."""
+
+    plan: Placement
+    visit: AbstractContextManager[None]
+    num_users: int = 0
+
+
+_STAYS: WeakKeyDictionary[nn.Module, _Stay] = WeakKeyDictionary()
+_MOVING = RLock()  # held while weights move, not while they are used; moving may end a forgotten iterator's use
+
+
+@contextmanager
+def _shared(
+    module: object, plan: Placement, visit: Callable[[nn.Module], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Within the block the module lies where the plan puts it, for all who use it: a visit begins with the first of
+    them and ends with the last. No thread waits for another's use, nor must the one that begins it end it."""
+    if not isinstance(module, nn.Module):
+        yield
+        return
+    with _MOVING:
+        stay = _STAYS.get(module)
+        if stay is None:
+            stay = _Stay(plan, visit(module))
+            stay.visit.__enter__()
+            _STAYS[module] = stay
+        elif stay.plan != plan:
+            raise RuntimeError(
+                f"A {type(module).__name__} is in use as {stay.plan} and cannot be used as {plan} at the same time: "
+                "give all pipelines that share it the same offloading, or call them one after the other."
+            )
+        stay.num_users += 1
+    try:
+        yield
+    finally:
+        with _MOVING:
+            stay.num_users -= 1
+            if stay.num_users == 0:
+                del _STAYS[module]
+                stay.visit.__exit__(None, None, None)
+
+
+@contextmanager
+def _left_alone(module: nn.Module) -> Iterator[None]:
+    yield
+
+
+def is_settled(module: nn.Module) -> bool:
+    """Whether a module's place is not ours to change: it is quantized, or spread over devices by accelerate."""
+    return bool(getattr(module, "is_quantized", False)) or is_spread(module)
+
+
+def is_spread(module: object) -> bool:
+    """Whether accelerate keeps parts of a module on different devices, or on disk."""
+    return len(set((getattr(module, "hf_device_map", None) or {}).values())) > 1
 
 
 def device_of(module: object) -> torch.device:
     """Where a module's first weight lies; the CPU for what has none."""
+    if is_spread(module):  # it computes on the accelerator, and what lies elsewhere is brought there
+        spread: Any = module
+        return next((torch.device(d) for d in spread.hf_device_map.values() if d not in ("cpu", "disk")), _CPU)
     if isinstance(module, nn.Module):
         for tensor in (*module.parameters(), *module.buffers()):
             return tensor.device
     device = getattr(module, "device", None)
     return device if isinstance(device, torch.device) else torch.device("cpu")
+
+
+def send(module: nn.Module, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    """To a device, a dtype or both. Layers that their network declares to overflow in float16, as some of T5 do, are
+    float32 there, as they are when a checkpoint is loaded in float16."""
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
+    if not kept:
+        module.to(device=device, dtype=dtype)
+        return
+    for name, part in module.named_modules():
+        own = torch.float32 if kept.intersection(name.split(".")) else dtype
+        part._apply(partial(_sent, device=device, dtype=own), recurse=False)
+
+
+def _sent(x: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    return x.to(device=device, dtype=dtype if x.is_floating_point() else None)
 
 
 def accelerator() -> torch.device | None:
@@ -121,3 +233,15 @@ def accelerator() -> torch.device | None:
 
 def best_device() -> torch.device:
     return accelerator() or torch.device("cpu")
+
+
+def reachable(device: torch.device | str | int) -> torch.device:
+    """The device, if this machine and this torch have it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # torch has no one word for it
+        here = ", ".join(dict.fromkeys(["cpu", str(best_device().type)]))
+        raise ValueError(
+            f"This machine cannot compute on {str(device)!r}: torch {torch.__version__} finds {here} here. Name one of "
+            "these, or leave the choice to 'auto'."
+        ) from error

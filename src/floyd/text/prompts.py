@@ -78,6 +78,12 @@ def embed(
     ids_BL, mask_BL = tokenize(texts, tokenizer, max_length=max_length, encoder_name="T5")
     place = _place(text_encoder, device)
     states_BLE: Tensor = text_encoder(ids_BL.to(device=place), attention_mask=mask_BL.to(device=place))[0]
+    if not bool(states_BLE.isfinite().all()):
+        raise ValueError(
+            "T5's states of the prompt are not finite numbers, which would paint nothing but black. Its weights were "
+            "misread (quantized files of an 8bit variant lose their scales), or it overflows in "
+            f"{str(text_encoder.dtype).removeprefix('torch.')}: load the plain or fp16 files, in bfloat16."
+        )
     return states_BLE.to(device=device, dtype=dtype)
 
 
@@ -95,7 +101,7 @@ def embed_clip(
     """CLIP's states after its last norm. `clip_skip` leaves out that many of the last layers, but not the norm."""
     config = text_encoder.config
     if max_length is None:
-        max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+        max_length = clip_tokens(tokenizer, text_encoder)
     if clip_skip is not None and not 0 <= clip_skip <= config.num_hidden_layers:
         raise ValueError(f"clip_skip must be in [0, {config.num_hidden_layers}], got {clip_skip}.")
 
@@ -108,6 +114,11 @@ def embed_clip(
         inner: Any = getattr(text_encoder, "text_model", text_encoder)  # the norm's home varies with the version
         states_BLE = inner.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
     return states_BLE.to(device=device, dtype=dtype)
+
+
+def clip_tokens(tokenizer: Tokenizer, text_encoder: TextEncoder) -> int:
+    """As how many tokens CLIP reads a text."""
+    return int(min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings))
 
 
 def tokenize(
@@ -146,10 +157,12 @@ def encode_prompt(
     clean_caption: bool = False,
     device: torch.device | str | None = None,
     unet_dtype: torch.dtype | None = None,
+    one_by_one: bool = False,
 ) -> PromptPair:
     """The T5 embeddings that stages I and II read, a row for each image.
 
     Given or made here, they take the text encoder's dtype; without an encoder `unet_dtype`; else they keep theirs.
+    `one_by_one`: the encoder reads each text alone, so that its states do not depend on the others to the last bit.
     """
 
     def read(texts: list[str], max_length: int = T5_TOKENS) -> Tensor:
@@ -163,6 +176,7 @@ def encode_prompt(
         negative_prompt_embeds,
         is_guided=do_classifier_free_guidance,
         num_images=num_images_per_prompt,
+        one_by_one=one_by_one,
     )
     dtype = unet_dtype if text_encoder is None else text_encoder.dtype
     return asked.answered(read, read, device=device, dtype=dtype)
@@ -181,6 +195,7 @@ def encode_clip_prompt(
     clip_skip: int | None = None,
     device: torch.device | str | None = None,
     unet_dtype: torch.dtype | None = None,
+    one_by_one: bool = False,
 ) -> PromptPair:
     """The CLIP embeddings that stage III reads. As in the incumbent, `clip_skip` is for the prompt alone."""
 
@@ -197,6 +212,7 @@ def encode_clip_prompt(
         negative_prompt_embeds,
         is_guided=do_classifier_free_guidance,
         num_images=num_images_per_prompt,
+        one_by_one=one_by_one,
     )
     dtype = unet_dtype if text_encoder is None else text_encoder.dtype
     return asked.answered(read, read_negative, device=device, dtype=dtype)
@@ -212,6 +228,7 @@ class _Asked:
     negative_prompt_embeds: Tensor | None
     is_guided: bool
     num_images: int
+    one_by_one: bool
 
     def __post_init__(self) -> None:
         check_prompts(self.prompt, self.negative_prompt, self.prompt_embeds, self.negative_prompt_embeds)
@@ -227,6 +244,8 @@ class _Asked:
         dtype: torch.dtype | None,
     ) -> PromptPair:
         """A row per image, both halves on one device and of one dtype."""
+        if self.one_by_one:
+            read, read_negative = _each(read), _each(read_negative)
         pair = self._per_prompt(read, read_negative)
 
         def placed(states_BLE: Tensor) -> Tensor:
@@ -239,7 +258,6 @@ class _Asked:
         self, read: Callable[[list[str]], Tensor], read_negative: Callable[[list[str], int], Tensor]
     ) -> PromptPair:
         """A negative text is read at the length of the prompt's embeddings."""
-        negative_texts = self._negative_texts() if self.is_guided else []  # before T5 runs: it may be refused
         positive_BLE = self.prompt_embeds if self.prompt is None else read(_listed(self.prompt))
         assert positive_BLE is not None, "check_prompts demands one of prompt and prompt_embeds"
         if not self.is_guided:
@@ -247,7 +265,7 @@ class _Asked:
 
         negative_BLE = self.negative_prompt_embeds
         if negative_BLE is None:
-            negative_BLE = read_negative(negative_texts, positive_BLE.shape[1])
+            negative_BLE = read_negative(self._negative_texts(), positive_BLE.shape[1])
         if negative_BLE.shape != positive_BLE.shape:
             raise ValueError(
                 f"The embeddings of the prompt have the shape {tuple(positive_BLE.shape)}, the negative ones "
@@ -260,14 +278,17 @@ class _Asked:
         count = batch_size(self.prompt, self.prompt_embeds)
         if self.negative_prompt is None:
             return [""] * count
-        if isinstance(self.negative_prompt, str):
-            return [self.negative_prompt] * count
-        if len(self.negative_prompt) != count:
-            raise ValueError(
-                f"negative_prompt has {len(self.negative_prompt)} texts for {count} prompts; pass one for each, or one "
-                "str for all."
-            )
-        return list(self.negative_prompt)
+        return [self.negative_prompt] * count if isinstance(self.negative_prompt, str) else list(self.negative_prompt)
+
+
+def _each(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The reading of texts one by one; of equal texts, once."""
+
+    def read_each(texts: list[str], *more: int) -> Tensor:
+        states = {text: read([text], *more) for text in dict.fromkeys(texts)}
+        return torch.cat([states[text] for text in texts])
+
+    return read_each
 
 
 def _present(tokenizer: Tokenizer | None, text_encoder: TextEncoder | None) -> tuple[Tokenizer, TextEncoder]:
