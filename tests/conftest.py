@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+from pathlib import Path
+from typing import Any, NoReturn
 
 # Before anything imports the hub's client, which reads these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,6 +26,35 @@ torch.set_num_threads(1)  # the workers share the cores
 def generator() -> torch.Generator:
     """A CPU generator at seed 0, new for each test."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for an address or a connection is refused."""
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise OSError("a test without a network asked for one")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect_ex", refuse)
+
+
+@pytest.fixture(scope="session")
+def tiny_hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every checkpoint of the docs under its own id, tiny; see `tests/hub_cache.py`."""
+    from tests import hub_cache
+
+    return hub_cache.build(tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
+def published(tiny_hub_cache: Path, no_network: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The published checkpoints, in the hub's cache of a machine without a network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tiny_hub_cache))
+    return tiny_hub_cache
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
