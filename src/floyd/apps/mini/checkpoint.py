@@ -18,7 +18,7 @@ from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
 from floyd.schedulers import DDIMScheduler, DDPMScheduler
 
 SAMPLING: dict[str, dict[str, Any]] = {  # how the built-in cascade is sampled unless told otherwise
-    "stage_1": {"timesteps": "smart27", "guidance_scale": 4.0},
+    "stage_1": {"timesteps": "smart27", "guidance_scale": 1.5},
     "stage_2": {"timesteps": "smart27", "guidance_scale": 1.0, "noise_level": 100},
     "stage_3": {"num_inference_steps": 12, "guidance_scale": 1.0, "noise_level": 20},
 }

@@ -65,9 +65,11 @@ LOOP = LoopConfig(
         Phase(num_steps=1800, batch_size=32, size=32, rate=1e-3, last_rate=1e-3),
         Phase(num_steps=1060, batch_size=24, size=64, rate=1e-3, last_rate=4.8e-4),
         Phase(num_steps=700, batch_size=24, size=64, rate=4.8e-4, last_rate=1e-5),
+        Phase(num_steps=330, batch_size=24, size=64, rate=6e-4, last_rate=1e-5),
     ),
     optimizer="muon",
     weight_decay=0.01,
+    ema_decay=0.99,  # the rate decays to nothing: a longer memory would only hold worse weights
     seed=31,
 )
 
