@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -26,6 +27,7 @@ from floyd.pipelines.events import CascadeResult, Done, Event, StageDone, StageS
 from floyd.pipelines.finish import Finished
 from floyd.pipelines.options import ACTIONS, Action, Options, check_noise_level, positive, truth, with_defaults
 from floyd.pipelines.painter import Painter
+from floyd.pipelines.qualities import Quality, checked, sampled
 from floyd.pipelines.sizes import Sides, Size, planned
 from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
 from floyd.pipelines.watching import Interrupts
@@ -145,6 +147,22 @@ class Cascade:
         for name, stage in self.stages.items():
             stage.save_pretrained(os.path.join(root, name), **options)
         write_presets(root, self.presets)
+
+    def with_quality(self, quality: Quality) -> Self:
+        """This cascade, sampled otherwise: "draft", "standard" or "quality". The networks are shared, not copied.
+
+        Each name is a sampler and a number of steps for each stage (docs/speed.md has what they cost and bring); all
+        else that the checkpoint's presets say stays, and what a call says is stronger.
+        """
+        other = copy(self)
+        pairs = {
+            name: sampled(name, stage, self.presets.get(name, {}), checked(quality))
+            for name, stage in self.stages.items()
+        }
+        other.stages = {name: stage for name, (stage, _) in pairs.items()}
+        other.presets = {name: preset for name, (_, preset) in pairs.items()}
+        other._interrupts = Interrupts()
+        return other
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -26,7 +26,7 @@ PROMPT = "a red circle above a blue square, ünïcödé 猫"
 @pytest.fixture
 def generate(folder: Path, cascade: Cascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """`floyd generate PROMPT -o tmp_path/picture.png`, with a cascade that is loaded already."""
-    monkeypatch.setattr("floyd.apps.cli.generate.load", lambda *args, **options: cascade)
+    monkeypatch.setattr(Cascade, "from_pretrained", lambda *models, **options: cascade)
 
     def run(*arguments: str, prompt: str = PROMPT, output: str = "picture.png", model: str = str(folder)) -> Result:
         return CliRunner().invoke(app, ["generate", prompt, "-o", str(tmp_path / output), "--model", model, *arguments])
@@ -93,6 +93,19 @@ def test_what_made_a_picture_makes_it_again(generate: Callable[..., Result], tmp
         assert np.array_equal(pixels(path), pixels(tmp_path / "again.png"))
         assert read_info(tmp_path / "again.png") == info
     assert names(tmp_path) == ["again.png", "picture.png", "stages/picture-48.png"]
+
+
+def test_a_quality_is_kept_in_the_file_and_makes_the_picture_again(
+    generate: Callable[..., Result], tmp_path: Path
+) -> None:
+    assert generate("--quality", "draft", "--size", "96").exit_code == 0
+    info = read_info(tmp_path / "picture.png")
+    assert info["quality"] == "draft"
+    again = [f"--{key}={info[key]}" for key in ("seed", "size", "quality", "steps", "guidance")]
+    assert generate(*again, prompt=info["prompt"], output="again.png").exit_code == 0
+    assert np.array_equal(pixels(tmp_path / "picture.png"), pixels(tmp_path / "again.png"))
+    generate("--size", "96", output="other.png")
+    assert not np.array_equal(pixels(tmp_path / "picture.png"), pixels(tmp_path / "other.png"))
 
 
 def test_all_stages_before_the_last_are_kept(generate: Callable[..., Result], cascade: Cascade, tmp_path: Path) -> None:
@@ -181,6 +194,7 @@ def test_a_model_is_loaded_as_asked(folder: Path, tmp_path: Path, monkeypatch: p
         ("picture.png", ["--steps", "2,2"], "or 3, for stage_1"),
         ("picture.png", ["--guidance", "nan"], "guidance_scale must be a finite number"),
         ("picture.png", ["--guidance", "strong"], "guidance must be a number"),
+        ("picture.png", ["--quality", "best"], "quality must be one of draft, standard, quality, got 'best'"),
         ("picture.png", ["--seed", "-1"], "--seed"),
         ("picture.png", ["--count", "0"], "--count"),
         ("picture.png", ["--negative-prompt", "\udcff"], "not valid UTF-8"),

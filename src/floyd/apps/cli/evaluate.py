@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from floyd.apps.cli.generate import Guide, Steps
+from floyd.apps.cli.generate import Guide, QualityName, Steps
 from floyd.apps.cli.models import Device, Dtype, Models, Quiet, Threads, Variant, hash_of, load, name_of
 from floyd.apps.cli.progress import progress
 from floyd.apps.cli.refusals import refusing
@@ -59,6 +59,7 @@ def evaluate(
     sizes: Sizes = None,
     rendered: Rendered = False,
     seed: Seed = 0,
+    quality: QualityName = None,
     steps: Steps = None,
     guidance: Guide = None,
     batch: Batch = 32,
@@ -80,7 +81,7 @@ def evaluate(
         settings = Settings.parsed(steps=steps, guidance=guidance)
         wanted = parsed_sizes(sizes)
         check_paths(json_file, pictures)
-        cascade = load(model, variant=variant, dtype=dtype, device=device, threads=threads)
+        cascade = load(model, variant=variant, dtype=dtype, device=device, threads=threads, quality=quality)
 
         from floyd.apps.evaluate import CascadePainter, Painter, RenderedFirst, check_sizes, prompts, report
         from floyd.apps.evaluate import evaluate as answered
@@ -97,7 +98,7 @@ def evaluate(
     if json_file is not None:
         origin = {
             "model": name_of(model), "model_hash": hash_of(model), "variant": variant, "prompts": num_prompts,
-            "seed": seed, "rendered": rendered, "steps": steps, "guidance": guidance,
+            "seed": seed, "rendered": rendered, "quality": quality, "steps": steps, "guidance": guidance,
         }  # fmt: skip
         json_file.write_text(json.dumps({**origin, **result.to_json()}, indent=2) + "\n")
     if pictures is not None:

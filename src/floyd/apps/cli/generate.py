@@ -15,7 +15,7 @@ import typer
 from floyd.apps.cli.models import Device, Dtype, Models, Quiet, Threads, Variant, hash_of, load, name_of
 from floyd.apps.cli.progress import Bars, progress
 from floyd.apps.cli.refusals import refusing
-from floyd.apps.settings import Settings
+from floyd.apps.settings import Settings, merged
 
 if TYPE_CHECKING:
     from floyd.pipelines.cascade import Cascade, CascadeResult
@@ -48,6 +48,15 @@ Guide = Annotated[
         show_default="the checkpoint's own",
     ),
 ]
+QualityName = Annotated[
+    str | None,
+    typer.Option(
+        "--quality",
+        metavar="draft|standard|quality",
+        help="With which samplers and in how many steps; --steps is stronger. docs/speed.md has what each costs.",
+        show_default="the checkpoint's own",
+    ),
+]
 Negative = Annotated[str | None, typer.Option(help="What the picture should not show.", show_default=False)]
 Size = Annotated[
     str | None,
@@ -77,6 +86,7 @@ def generate(
     prompt: Prompt,
     output: Output = Path("picture.png"),
     seed: Seed = 0,
+    quality: QualityName = None,
     steps: Steps = None,
     guidance: Guide = None,
     negative_prompt: Negative = None,
@@ -101,7 +111,7 @@ def generate(
         files = Files.checked(output, count, stages_dir)
         settings = Settings.parsed(steps=steps, guidance=guidance)
         wanted = parsed_size(size)
-        cascade = load(model, variant=variant, dtype=dtype, device=device, threads=threads)
+        cascade = load(model, variant=variant, dtype=dtype, device=device, threads=threads, quality=quality)
         sizes = {name: written(sides, cascade.sizes[name]) for name, sides in cascade.sizes_for(wanted).items()}
         options = settings.options(list(sizes))
         calls = [
@@ -121,6 +131,7 @@ def generate(
         "model": name_of(model),
         "model_hash": hash_of(model),
         **({} if variant is None else {"variant": variant}),
+        **({} if quality is None else {"quality": quality}),
         "dtype": str(cascade.stages["stage_1"].dtype).removeprefix("torch."),
         "device": cascade.stages["stage_1"].device.type,
     }
@@ -189,9 +200,10 @@ def histories_of(
     """For each stage that ran, what makes its picture again: all values up to it, as the options take them."""
     steps, guidance, histories = [], [], {}
     for name, count in num_steps.items():
-        told = {**cascade.presets.get(name, {}), **options[name]}
+        told = merged(cascade.presets.get(name, {}), options[name])
         default = inspect.signature(type(cascade.stages[name]).__call__).parameters["guidance_scale"].default
-        steps.append(str(options[name].get("timesteps", count)))
+        table = told.get("timesteps")
+        steps.append(table if isinstance(table, str) else str(count))
         guidance.append(f"{told.get('guidance_scale', default):g}")
         histories[name] = {
             "size": sizes[name],

@@ -44,17 +44,23 @@ def load(
     device: str,
     threads: int | None,
     variant: str | None = None,
+    quality: str | None = None,
 ) -> Cascade:
     """Takes seconds: torch and transformers are imported here."""
     from floyd.pipelines.cascade import Cascade
+    from floyd.pipelines.qualities import checked
 
+    if quality is not None:
+        checked(quality)
     prepare(threads)
     options: dict[str, Any] = {"torch_dtype": dtype, "device_map": device_named(device)}
     if not models:
         if variant is not None:
             raise ValueError(f"The built-in checkpoint has no variants, so --variant {variant} needs a --model.")
-        return Cascade.built_in(**options)
-    return Cascade.from_pretrained(*expanded(models), variant=variant, **options)
+        cascade = Cascade.built_in(**options)
+    else:
+        cascade = Cascade.from_pretrained(*expanded(models), variant=variant, **options)
+    return cascade if quality is None else cascade.with_quality(checked(quality))
 
 
 def prepare(threads: int | None) -> None:

@@ -58,6 +58,8 @@ MOST_WEIGHT = 60.0
 FINISH_SNR = 100.0  # of whole pictures, up to which the noise itself is asked for: less leaves grain
 CLEAN_WEIGHT = 3.0  # of what the heads on the inner levels are told
 THING_WEIGHT = 8.0  # of a pixel of a thing, over one of the background, in the same
+NEAR_WEIGHT = 3.0  # of a pixel on or within NEAR of a thing, over all others, in the noise: outlines are few pixels
+NEAR = 3
 HEADS = (1, 2)  # on which levels going up
 LOOP = LoopConfig(
     phases=(
@@ -66,6 +68,7 @@ LOOP = LoopConfig(
         Phase(num_steps=1060, batch_size=24, size=64, rate=1e-3, last_rate=4.8e-4),
         Phase(num_steps=700, batch_size=24, size=64, rate=4.8e-4, last_rate=1e-5),
         Phase(num_steps=330, batch_size=24, size=64, rate=6e-4, last_rate=1e-5),
+        Phase(num_steps=3300, batch_size=24, size=64, rate=8e-4, last_rate=1e-5),
     ),
     optimizer="muon",
     weight_decay=0.01,
@@ -138,7 +141,8 @@ def denoising_loss(embed: Embed) -> Any:
         weight_T = torch.minimum(
             (snr_T / shrunk**2).clamp(1.0, most_snr) / snr_T, torch.tensor(MOST_WEIGHT / shrunk**2)
         )
-        simple_B, bound_B = hybrid_loss(out_BCHW, clean_BCHW, noise_BCHW, t_B, schedule, weight_T)
+        near_B1HW = 1 + NEAR_WEIGHT * F.max_pool2d(things_B1HW, 2 * NEAR + 1, stride=1, padding=NEAR) if is_whole else 1
+        simple_B, bound_B = hybrid_loss(out_BCHW, clean_BCHW, noise_BCHW, t_B, schedule, weight_T, near_B1HW)
         losses = {"noise": simple_B.mean()}
         if is_whole:
             losses["variance"] = bound_B.mean()
