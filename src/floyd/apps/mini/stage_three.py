@@ -32,7 +32,7 @@ VAE: dict[str, Any] = {
     "block_out_channels": (16, 32, 48),
     "layers_per_block": 1,
     "latent_channels": 4,
-    "norm_num_groups": 2,  # flat colours must survive: a group's mean and scale do not
+    "norm_num_groups": 1,  # flat colours must survive: a group's mean and scale do not
     "sample_size": SMALL,
     "scaling_factor": SCALING_FACTOR,
     "mid_block_add_attention": False,  # over 65,536 pixels it would cost more than all the rest
@@ -50,7 +50,7 @@ UNET: dict[str, Any] = {
     "cross_attention_dim": 64,
     "num_class_embeds": 1000,
     "use_linear_projection": True,
-    "norm_num_groups": 2,
+    "norm_num_groups": 1,
     "time_embedding_dim": 128,
 }
 TEXT: dict[str, Any] = {
@@ -79,10 +79,13 @@ LOW_RES_SCHEDULER: dict[str, Any] = {
 }
 MOST_NOISE = 350
 SIDES = (256, 512, 1024)  # of the pictures that the autoencoder sees windows of: far more edges than at 1024 px alone
+# Whole pictures at the end of both, as small ones: what a norm takes the mean of is then what it will be at 1024 px.
+VAE_WHOLE, WHOLE = 256, 512
 VAE_LOOP = LoopConfig(
     phases=(
         Phase(num_steps=1800, batch_size=48, size=24, rate=5e-4, last_rate=5e-4),  # colours: many, small
-        Phase(num_steps=800, batch_size=8, size=96, rate=5e-4, last_rate=1e-5),  # edges
+        Phase(num_steps=600, batch_size=8, size=96, rate=5e-4, last_rate=5e-4),  # edges
+        Phase(num_steps=600, batch_size=2, size=VAE_WHOLE, rate=5e-4, last_rate=1e-5),
     ),
     ema_decay=0.99,
     weight_decay=0.0,
@@ -91,8 +94,7 @@ VAE_LOOP = LoopConfig(
 LOOP = LoopConfig(
     phases=(
         Phase(num_steps=1050, batch_size=16, size=160, rate=1e-3, last_rate=1e-3),
-        Phase(num_steps=180, batch_size=4, size=512, rate=7e-4, last_rate=2e-5),
-        Phase(num_steps=140, batch_size=4, size=512, rate=4e-4, last_rate=1e-5),
+        Phase(num_steps=320, batch_size=4, size=WHOLE, rate=8e-4, last_rate=1e-5),
     ),
     optimizer="muon",
     ema_decay=0.995,
@@ -116,7 +118,8 @@ def holding_loss() -> Any:
     def loss_of(model: nn.Module, phase: Phase, step: int, generator: torch.Generator) -> Losses:
         assert isinstance(model, AutoencoderKL)
         scenes = scenes_at(VAE_LOOP.seed, step, phase.batch_size)
-        sides = [SIDES[int(i)] for i in torch.randint(0, len(SIDES), (phase.batch_size,), generator=generator)]
+        allowed = (VAE_WHOLE,) if phase.size == VAE_WHOLE else SIDES
+        sides = [allowed[int(i)] for i in torch.randint(0, len(allowed), (phase.batch_size,), generator=generator)]
         picture_BCHW = crops_of(scenes, [windows(1, side, phase.size, generator)[0] for side in sides])
         picture_BCHW = picture_BCHW.to(device_of(model))
         (latent,) = model.encode(picture_BCHW, return_dict=False)
@@ -207,8 +210,9 @@ def upscaling_loss(vae: AutoencoderKL, tokenizer: Any) -> Any:
         assert isinstance(model, Upscaler)
         device, batch = device_of(model), phase.batch_size
         scenes = scenes_at(LOOP.seed, step, batch)
-        crops = windows(batch, LARGE, phase.size, generator, multiple=4)
-        low_crops = [Crop(SMALL, crop.top // 4, crop.left // 4, crop.side // 4) for crop in crops]
+        large = WHOLE if phase.size == WHOLE else LARGE
+        crops = windows(batch, large, phase.size, generator, multiple=4)
+        low_crops = [Crop(large // 4, crop.top // 4, crop.left // 4, crop.side // 4) for crop in crops]
         clean_BZhw = _latents(vae, crops_of(scenes, crops).to(device))
         low_BChw = worn(crops_of(scenes, low_crops), generator)
         level_B = torch.randint(0, MOST_NOISE, (batch,), generator=generator)
