@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tests import tiny
+from tests.adapters import lora_files
 from tests.hub_configs import (
     COSINE,
     LATENT_NOISING,
@@ -47,6 +48,7 @@ STAGE_ONE = ("DeepFloyd/IF-I-XL-v1.0", "DeepFloyd/IF-I-L-v1.0", "DeepFloyd/IF-I-
 STAGE_TWO = ("DeepFloyd/IF-II-L-v1.0", "DeepFloyd/IF-II-M-v1.0")
 STAGE_THREE = ("stabilityai/stable-diffusion-x4-upscaler",)
 IDS = (*STAGE_ONE, *STAGE_TWO, *STAGE_THREE)
+LORA = "your-name/if-lora"  # for any stage I
 
 PT = {"format": "pt"}  # what safetensors files say of themselves
 COMMIT = "c03d510e9b75bce9f9db5bb85148c1402ad7e694"
@@ -69,7 +71,8 @@ def build(cache: Path, scratch: Path) -> Path:
             _in_the_older_order(folder / "text_encoder")
         _deepfloyd(folder, number)
     _upscaler(scratch / STAGE_THREE[0])
-    for repo_id in IDS:
+    _lora(scratch / LORA)
+    for repo_id in (*IDS, LORA):
         _take_in(cache, repo_id, scratch / repo_id)
     return cache
 
@@ -86,6 +89,14 @@ def _take_in(cache: Path, repo_id: str, folder: Path) -> None:
         link.symlink_to(blob)
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text(COMMIT)
+
+
+def _lora(folder: Path) -> None:
+    """What the incumbent's training script writes: two formats in one file."""
+    layers = lora_files.made_up(UNet2DConditionModel(**_known(UNET_ONE)), ranks=(4,))
+    folder.mkdir(parents=True)
+    save_file(lora_files.mixed(layers), folder / "pytorch_lora_weights.safetensors", PT)
+    (folder / "README.md").write_text("---\nbase_model: DeepFloyd/IF-I-XL-v1.0\n---\n")
 
 
 # --------------------------------------------------------------------------------------------------------- stages I, II

@@ -1,1 +1,1 @@
-
+"""LoRA: files of every format onto the layers of a network, and off again."""

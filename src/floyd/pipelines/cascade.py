@@ -19,13 +19,23 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Generator, Tensor
 
+from floyd.adapters.calls import call_scale
 from floyd.diffusion.engine import Moved
 from floyd.errors import ConfigError
 from floyd.pipelines.base import DiffusionPipeline
 from floyd.pipelines.deepfloyd_if import IFPipeline, IFSuperResolutionPipeline
 from floyd.pipelines.events import CascadeResult, Done, Event, StageDone, StageStarted, StepDone
 from floyd.pipelines.finish import Finished
-from floyd.pipelines.options import ACTIONS, Action, Options, check_noise_level, positive, truth, with_defaults
+from floyd.pipelines.options import (
+    ACTIONS,
+    Action,
+    Options,
+    check_noise_level,
+    lora_scale,
+    positive,
+    truth,
+    with_defaults,
+)
 from floyd.pipelines.painter import Painter
 from floyd.pipelines.qualities import Quality, checked, sampled
 from floyd.pipelines.sizes import Sides, Size, planned
@@ -277,6 +287,11 @@ class Cascade:
         )
         if self.stages["stage_1"].components["text_encoder"] is None and self._load_text_encoder is None:
             raise ValueError("stage_1 has no text encoder, so no prompt can be read; build it with one.")
+        if free_text_encoder and (names := self.stages["stage_1"].get_list_adapters().get("text_encoder")):
+            raise ValueError(
+                f"free_text_encoder would lose the LoRA of the text encoder ({', '.join(names)}), which comes back "
+                "without: leave free_text_encoder out, or fuse and save the text encoder first."
+            )
         return self._events(plan)
 
     def interrupt(self) -> None:
@@ -385,12 +400,13 @@ class Cascade:
         if first.text_encoder is None:
             assert self._load_text_encoder is not None, "run() has checked this"
             first.text_encoder = self._load_text_encoder()
-        text = first.encode_prompt(
-            plan.prompt,
-            negative_prompt=plan.negative_prompt,
-            clean_caption=plan.clean_caption,
-            batch_invariant=plan.batch_invariant,
-        )
+        with call_scale(lora_scale(plan.stages["stage_1"].get("cross_attention_kwargs"))):
+            text = first.encode_prompt(
+                plan.prompt,
+                negative_prompt=plan.negative_prompt,
+                clean_caption=plan.clean_caption,
+                batch_invariant=plan.batch_invariant,
+            )
         if plan.free_text_encoder:
             first.text_encoder = None
         return text
@@ -403,6 +419,7 @@ class Cascade:
             text = stage.encode_prompt(
                 plan.prompt,
                 negative_prompt=plan.negative_prompt,
+                lora_scale=stage.text_lora_scale(told.get("cross_attention_kwargs")),
                 clip_skip=told.get("clip_skip"),
                 batch_invariant=plan.batch_invariant,
             )

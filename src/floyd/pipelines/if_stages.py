@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from floyd.adapters.calls import call_scale
 from floyd.diffusion.canvas import Canvas
 from floyd.diffusion.repaint import NoisedCanvas, by_the_table, resampled
 from floyd.images.composite import each, size_of
@@ -129,7 +130,8 @@ class IFStage(Painter):
         canvas = canvas.widened(self._size_multiple())
         if resamples > 1:
             sampler, canvas = by_the_table(sampler), NoisedCanvas.of(canvas)
-        text = PromptPair(*self.encode_prompt(**self._text_of(options)))
+        with call_scale(options.lora_scale):
+            text = PromptPair(*self.encode_prompt(**self._text_of(options)))
         return Task(options=options, text=text, canvas=canvas, steps=steps, sampler=sampler, low_res=low_res, kept=kept)
 
     def _text_of(self, options: Options) -> dict[str, Any]:

@@ -120,6 +120,11 @@ class Options:
         return self.guidance_scale > 1
 
     @property
+    def lora_scale(self) -> float:
+        """How many times as strongly LoRA acts in this call."""
+        return lora_scale(self.cross_attention_kwargs)
+
+    @property
     def num_prompts(self) -> int:
         return batch_size(self.prompt, self.prompt_embeds)
 
@@ -188,6 +193,11 @@ class Options:
             )
         if len(set(CHAIN_NAMES) & set(self.tensor_inputs)) > 1:
             raise ValueError(f"{name}: {' and '.join(CHAIN_NAMES)} are two names of one tensor; ask for one of them.")
+
+
+def lora_scale(attention: Mapping[str, Any] | None) -> float:
+    """What `cross_attention_kwargs` says of LoRA."""
+    return float((attention or {}).get("scale", 1))
 
 
 def positive(name: str, value: Any) -> None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from floyd.adapters.attached import heeds_calls
+from floyd.adapters.calls import call_scale
 from floyd.diffusion.canvas import Canvas
 from floyd.diffusion.conditioning import Conditioning, low_res_condition
 from floyd.diffusion.engine import Moved, OnStep, denoise, moves
@@ -24,10 +26,10 @@ from floyd.diffusion.samplers import Sampler
 from floyd.diffusion.schedule import NoiseSchedule
 from floyd.diffusion.timesteps import Step
 from floyd.pipelines.apart import Apart, each, predictor, steady
-from floyd.pipelines.base import DiffusionPipeline
 from floyd.pipelines.finish import Finished, Judge
 from floyd.pipelines.keeping import Kept
-from floyd.pipelines.options import Action, Options, StageOptions, dtype_of, with_defaults
+from floyd.pipelines.lora import LoraPipeline
+from floyd.pipelines.options import Action, Options, StageOptions, dtype_of, lora_scale, with_defaults
 from floyd.pipelines.watching import Interrupts, Watcher
 from floyd.store.layout import uncompiled
 from floyd.text.prompts import PromptPair
@@ -82,7 +84,7 @@ class Chain:
             yield moved._replace(x_BCHW=self.canvas.blended(moved.x_BCHW)) if moved.step.is_last else moved
 
 
-class Painter(DiffusionPipeline):
+class Painter(LoraPipeline):
     """A pipeline whose call is one stage: text and canvas in, pictures out."""
 
     draws_low_res_first: ClassVar[bool] = False  # the order of the draws is part of what a seed means
@@ -233,7 +235,14 @@ class Painter(DiffusionPipeline):
                 "load one, or leave safety out."
             )
         self._check_embeds(options)
+        if options.lora_scale != 1 and _is_ours(self.unet) and not self._heeds_calls():
+            log.warning("cross_attention_kwargs['scale'] is the strength of LoRA, and none acts here: no effect.")
         return options
+
+    def _heeds_calls(self) -> bool:
+        """Whether LoRA acts on any network; all of them are asked, for that prepares them."""
+        heeding = [heeds_calls(uncompiled(getattr(self, name))) for name in ("unet", "text_encoder")]
+        return any(heeding)
 
     def _check_embeds(self, options: Options) -> None:
         """Given embeddings against the network that reads them, and against the text that will stand beside them."""
@@ -303,12 +312,18 @@ def network(unet: Any, told: Conditioning, attention: Mapping[str, Any] | None =
     dtype = dtype_of(unet, told.text_BLD.dtype)
     text_BLD, level_B = told.text_BLD.to(dtype), told.noise_level_B
 
-    is_ours = hasattr(type(uncompiled(unet)), "read")
-    if is_ours and (attention or {}).get("scale", 1) != 1:
-        log.warning("cross_attention_kwargs['scale'] is the weight of LoRA, of which this network has none.")
+    is_ours = _is_ours(unet)
+    scale = lora_scale(attention) if is_ours else 1.0
     if is_ours and not _is_compiled(unet):
-        context = unet.read(text_BLD, level_B)
-        return lambda x_KCHW, t, joined: unet.step(joined.takes(x_KCHW).to(dtype), _time(t, x_KCHW), context)
+        with call_scale(scale):
+            context = unet.read(text_BLD, level_B)
+
+        def step(x_KCHW: Tensor, t: int, joined: Conditioning) -> Tensor:
+            with call_scale(scale):
+                moved: Tensor = unet.step(joined.takes(x_KCHW).to(dtype), _time(t, x_KCHW), context)
+            return moved
+
+        return step
 
     extra: dict[str, Any] = {} if level_B is None else {"class_labels": level_B}
     if attention and not is_ours:
@@ -316,10 +331,16 @@ def network(unet: Any, told: Conditioning, attention: Mapping[str, Any] | None =
 
     def call(x_KCHW: Tensor, t: int, joined: Conditioning) -> Tensor:
         sample = joined.takes(x_KCHW).to(dtype)
-        out: Tensor = unet(sample, _time(t, x_KCHW), encoder_hidden_states=text_BLD, return_dict=False, **extra)[0]
+        with call_scale(scale):
+            out: Tensor = unet(sample, _time(t, x_KCHW), encoder_hidden_states=text_BLD, return_dict=False, **extra)[0]
         return out
 
     return call
+
+
+def _is_ours(unet: Any) -> bool:
+    """Another's network must be told everything anew at each step, and weighs its LoRA itself."""
+    return hasattr(type(uncompiled(unet)), "read")
 
 
 def _is_compiled(unet: Any) -> bool:

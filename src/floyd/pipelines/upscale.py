@@ -16,10 +16,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
+from floyd.adapters.attached import heeds_calls
+from floyd.adapters.calls import call_scale
 from floyd.diffusion.canvas import Canvas
 from floyd.pipelines.apart import steady
 from floyd.pipelines.finish import Finished
-from floyd.pipelines.options import Action, Options, StepEnd, check_noise_level, check_size, dtype_of
+from floyd.pipelines.options import (
+    Action,
+    Options,
+    StepEnd,
+    check_noise_level,
+    check_size,
+    dtype_of,
+    finite,
+    lora_scale,
+)
 from floyd.pipelines.output import StableDiffusionPipelineOutput
 from floyd.pipelines.painter import LowRes, Painter, Task
 from floyd.pipelines.pictures import pictures
@@ -96,9 +107,10 @@ class StableDiffusionUpscalePipeline(Painter):
         batch_invariant: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """CLIP's embeddings of the prompt and the negative prompt. The argument order is the incumbent's."""
-        if lora_scale not in (None, 1):
-            log.warning("lora_scale is the weight of LoRA in the text encoder, which has none: it has no effect.")
-        with self._placement.use(self.text_encoder) as text_encoder, steady(batch_invariant):
+        scale = 1.0 if lora_scale is None else finite("lora_scale", lora_scale)
+        if scale != 1 and not heeds_calls(self.text_encoder):
+            log.warning("lora_scale is the strength of LoRA, and none acts on the text encoder: no effect.")
+        with self._placement.use(self.text_encoder) as text_encoder, steady(batch_invariant), call_scale(scale):
             pair = encode_clip_prompt(
                 prompt,
                 tokenizer=self.tokenizer,
@@ -192,6 +204,7 @@ class StableDiffusionUpscalePipeline(Painter):
             negative_prompt=options.negative_prompt,
             prompt_embeds=options.prompt_embeds,
             negative_prompt_embeds=options.negative_prompt_embeds,
+            lora_scale=self.text_lora_scale(options.cross_attention_kwargs),
             clip_skip=arguments["clip_skip"],
             batch_invariant=options.batch_invariant,
         )
@@ -204,6 +217,10 @@ class StableDiffusionUpscalePipeline(Painter):
             low_res=low_res,
             start_BCHW=start_BZhw,
         )
+
+    def text_lora_scale(self, attention: Mapping[str, Any] | None) -> float | None:
+        """A call's strength of LoRA as `encode_prompt` is told it: not at all where CLIP has none."""
+        return lora_scale(attention) if heeds_calls(self.text_encoder) else None
 
     def _num_tokens(self) -> int:
         return clip_tokens(self.tokenizer, self.text_encoder)

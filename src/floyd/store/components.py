@@ -63,10 +63,11 @@ def save_component(
     elif isinstance(component, Model) or kind.library != "transformers":
         component.save_pretrained(path, safe_serialization=safe_serialization, **files)
     elif safe_serialization:
-        component.save_pretrained(path, **files)
+        state = weights.without_adapters(component) if weights.has_adapters(component) else None
+        component.save_pretrained(path, state_dict=state, **files)
     else:  # transformers itself no longer writes pickles
         component.config.save_pretrained(path)
-        weights.write(component.state_dict(), path, base="model", safe_serialization=False, **files)
+        weights.write(weights.without_adapters(component), path, base="model", safe_serialization=False, **files)
 
 
 def _load_files(cls: Any, path: Path) -> Any:

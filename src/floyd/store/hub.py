@@ -18,7 +18,7 @@ from floyd.store.layout import INDEX_NAME, ModelIndex
 from floyd.store.source import Source
 from floyd.store.weights import no_such_variant
 
-__all__ = ["Source", "component", "fetch", "file", "selected", "snapshot"]
+__all__ = ["Source", "component", "fetch", "file", "names_in", "selected", "snapshot"]
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,12 @@ def component(
     if not folder.is_dir():
         raise CheckpointError(f"{source.id} has no folder {subfolder!r}.")
     return folder
+
+
+def names_in(source: Source, subfolder: str | None = None) -> list[str]:
+    """The files in a folder or a repository, or directly in a subfolder of it."""
+    local = source.folder()
+    return _below(_walk(local) if local else _listing(source), subfolder or "")
 
 
 def file(source: Source, name: str) -> Path:

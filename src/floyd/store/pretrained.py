@@ -177,7 +177,7 @@ class Model(Configured, nn.Module):
     ) -> None:
         super().save_pretrained(folder)
         weights.write(
-            self.state_dict(),
+            weights.without_adapters(self),
             folder,
             base=self.weights_name,
             safe_serialization=safe_serialization,

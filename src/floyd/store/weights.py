@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from floyd.errors import CheckpointError
 from floyd.store import naming
@@ -161,6 +161,24 @@ def write(
         is_same = file is not None and (file.base, file.suffix, file.variant) == (base, suffix, variant)
         if is_same and entry.name not in written and not (total and entry.name == index):
             entry.unlink()
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Whether peft has put anything on a network's layers."""
+    return any(hasattr(layer, "base_layer") for layer in module.modules())
+
+
+def without_adapters(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a network as if peft had put nothing on its layers; what is fused is in the weights."""
+    wrapped = [f"{name}." for name, layer in module.named_modules() if hasattr(layer, "base_layer")]
+    state = {}
+    for key, tensor in module.state_dict().items():
+        start = next((start for start in wrapped if key.startswith(start)), None)
+        if start is None:
+            state[key] = tensor
+        elif key.startswith(f"{start}base_layer."):
+            state[start + key.removeprefix(f"{start}base_layer.")] = tensor
+    return state
 
 
 def write_file(
