@@ -31,7 +31,7 @@ def test_any_scheduler_samples_in_any_pipeline(ours: dict[str, Any], name: str, 
 
 @pytest.mark.parametrize("name", SEVEN)
 def test_the_stochastic_solver_samples_in_any_pipeline(ours: dict[str, Any], name: str) -> None:
-    config = ours["one"].scheduler.config if name != "StableDiffusionUpscalePipeline" else ours["three"].scheduler.config
+    config = ours["three" if name == "StableDiffusionUpscalePipeline" else "one"].scheduler.config
     cls = floyd.schedulers.DPMSolverMultistepScheduler
     pictures = [
         built(name, ours, scheduler=cls.from_config(config, algorithm_type=kind))(**told(name, 0)).images
