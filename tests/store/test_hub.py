@@ -217,6 +217,18 @@ def test_a_single_component_is_fetched_from_its_folder_or_the_root(hub: Hub) -> 
         store_hub.component(store_hub.Source(ID), "unet", variant="fp16")
 
 
+def test_the_files_of_a_folder_or_a_repository_are_listed(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories[ID] = {"a.bin": b"", "sub/b.bin": b"", "sub/deeper/c.bin": b""}
+    (tmp_path / "sub").mkdir()
+    for name in ("a.bin", "sub/b.bin"):
+        (tmp_path / name).touch()
+    for source in (store_hub.Source(ID), store_hub.Source(tmp_path)):
+        assert store_hub.names_in(source) == ["a.bin"]
+        assert store_hub.names_in(source, "sub") == ["b.bin"]
+        assert store_hub.names_in(source, "none") == []
+    assert hub.fetched == []
+
+
 def test_a_single_file_comes_from_a_folder_or_the_hub(hub: Hub, tmp_path: Path) -> None:
     hub.repositories[ID] = {"pytorch_lora_weights.safetensors": b"lora", "other.safetensors": b"no"}
     path = store_hub.file(store_hub.Source(ID), "pytorch_lora_weights.safetensors")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from floyd.errors import CheckpointError
 from floyd.store import weights
@@ -66,6 +66,22 @@ def test_the_header_says_pt_and_carries_metadata(tmp_path: Path) -> None:
     assert weights.read_metadata(tmp_path / "lora.safetensors") == {"format": "pt", "rank": "4"}
     weights.write(STATE, tmp_path)
     assert weights.read_metadata(tmp_path / "diffusion_pytorch_model.safetensors") == {"format": "pt"}
+
+
+def test_what_an_adapter_wraps_is_written_under_its_own_name() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.base_layer, self.lora_A = layer, nn.Linear(2, 1)
+
+    plain = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 3)))
+    before = plain.state_dict()
+    assert not weights.has_adapters(plain)
+    plain.set_submodule("1.0", Wrapped(plain[1][0]))
+    assert weights.has_adapters(plain)
+    state = weights.without_adapters(plain)
+    assert state.keys() == before.keys()
+    assert all(torch.equal(state[key], before[key]) for key in before)
 
 
 def test_a_second_save_leaves_nothing_of_the_first(tmp_path: Path) -> None:
