@@ -5,8 +5,9 @@ B images  C channels  H height  W width  L text tokens  E encoder width  D text 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,24 +15,17 @@ from torch import Tensor, nn
 
 from floyd.models.configs import DOWN_BLOCKS, MID_BLOCKS, UP_BLOCKS, UNetConfig
 from floyd.models.unet_blocks import DownBlock, MidBlock, Style, UpBlock
+from floyd.models.unet_told import Context, Ready, Timetable, Told
 from floyd.nn.activation import activation
 from floyd.nn.attention import AddedKVAttention, TextKV
 from floyd.nn.embedding import TextTimeEmbedding, TimestepEmbedding, sinusoid
+from floyd.nn.rewrites import Rewrites, elementwise
 from floyd.nn.transformer import Transformer2D
 from floyd.store.pretrained import Model
 
 
 class UNet2DConditionOutput(NamedTuple):
     sample: Tensor  # [B, out_channels, H, W]
-
-
-@dataclass(frozen=True, eq=False)
-class Context:
-    """What the UNet is told that stays the same at every step: prompt and noise level, already read by every layer."""
-
-    emb_BT: Tensor | None  # pooled text + label, to be added to the embedding of time
-    layers: tuple[TextKV | tuple[TextKV, ...], ...]  # one entry per attention layer, in the order of the forward pass
-    bias_B11L: Tensor | None = None  # 0 where a text token counts, -10000 where it does not
 
 
 class UNet2DConditionModel(Model):
@@ -103,48 +97,98 @@ class UNet2DConditionModel(Model):
         self,
         sample: Tensor,
         timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
         class_labels: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
+        *,
+        context: Context | None = None,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """One prediction.
 
         `sample` [B, in_channels, H, W], sides multiples of `config.side_multiple`; `timestep` a number, [] or [B];
         `encoder_hidden_states` [B, L, E]; `class_labels` [B], the noise level, where the model has one;
-        `encoder_attention_mask` [B, L], 1 for the tokens that count.
+        `encoder_attention_mask` [B, L], 1 for the tokens that count. `context`: what `read` made of these last three.
         """
-        context = self.read(encoder_hidden_states, class_labels, encoder_attention_mask)
+        if context is None:
+            if encoder_hidden_states is None:
+                raise ValueError("Pass encoder_hidden_states, the encoded prompt, or the context that was read of it.")
+            context = self.read(encoder_hidden_states, class_labels, encoder_attention_mask)
         out = self.step(sample, timestep, context)
         return UNet2DConditionOutput(out) if return_dict else (out,)
 
+    def ready(self, rewrites: Rewrites) -> Ready | None:
+        """The network rewritten for many steps with the weights that it has now; None where it must not be."""
+        return Ready.of(self, self.layers(), rewrites)
+
     def read(
-        self, text_BLE: Tensor, class_labels: Tensor | None = None, encoder_attention_mask: Tensor | None = None
+        self,
+        text_BLE: Tensor,
+        class_labels: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        *,
+        ready: Ready | None = None,
+        timesteps: Sequence[int] = (),
     ) -> Context:
-        """All work that the prompt and the noise level alone decide."""
+        """All work that the prompt and the noise level alone decide.
+
+        With what `ready` returned, steps that want no gradient are faster. `timesteps` that are to be expected, as
+        numbers, are then prepared all at once.
+        """
         parts = [part for part in (self._label(class_labels, text_BLE), self._pooled(text_BLE)) if part is not None]
+        emb_BT = sum(parts[1:], parts[0]) if parts else None
         text_BLD = text_BLE if self.encoder_hid_proj is None else self.encoder_hid_proj(text_BLE)
         bias = None
         if encoder_attention_mask is not None:
             bias = ((1 - encoder_attention_mask.to(text_BLD.dtype)) * -10000.0)[:, None, None, :]
         layers = tuple(layer.read(text_BLD) for layer in self.attention_layers())
-        return Context(sum(parts[1:], parts[0]) if parts else None, layers, bias)
+        if ready is None:
+            return Context(emb_BT, layers, bias)
+        layers = tuple(
+            text if qkv is None else text._replace(qkv=qkv)
+            for text, qkv in zip(layers, ready.projections, strict=True)
+        )
+        context = Context(emb_BT, layers, bias, ready)
+        if not timesteps:
+            return context
+        return replace(context, table=Timetable(timesteps, partial(self._says, context=context, like_BLE=text_BLE)))
 
     def step(self, sample: Tensor, timestep: Tensor | float, context: Context) -> Tensor:
         """The prediction at one moment, [B, out_channels, H, W]."""
+        return self.paint(sample, self.time(timestep, context, sample), context)
+
+    def time(self, timestep: Tensor | float, context: Context, sample: Tensor) -> Tensor:
+        """[B, S]: what is told the layers about the time; the embedding comes first."""
+        if context.table is not None and isinstance(timestep, int):
+            return context.table.row(timestep)
+        t_B = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
+        emb_BT = self._time(t_B, context.emb_BT, sample.dtype)
+        return emb_BT if context.ready is None else context.ready.says(emb_BT[None])[0]
+
+    def paint(self, sample: Tensor, time_BS: Tensor, context: Context) -> Tensor:
+        """A step that was told the time: a function of tensors alone, always the same work."""
         self._check(sample)
         x_BCHW = 2 * sample - 1.0 if self.config.center_input_sample else sample
-        emb_BT = self._time(timestep, x_BCHW, context)
-        layers = iter(context.layers)
+        if context.ready is not None and context.ready.channels_last:
+            x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+        told = Told(context, time_BS, self.config.time_width)
 
-        x_BCHW = self.conv_in(x_BCHW)
+        x_BCHW = told.convolution(self.conv_in, x_BCHW)
         skips = [x_BCHW]
         for down in self.down_blocks:
-            x_BCHW = down(x_BCHW, emb_BT, skips, layers, context.bias_B11L)
-        x_BCHW = self.mid_block(x_BCHW, emb_BT, layers, context.bias_B11L)
+            x_BCHW = down(x_BCHW, told, skips)
+        x_BCHW = self.mid_block(x_BCHW, told)
         for up in self.up_blocks:
-            x_BCHW = up(x_BCHW, emb_BT, skips, layers, context.bias_B11L)
-        return self.conv_out(self.conv_act(self.conv_norm_out(x_BCHW)))
+            x_BCHW = up(x_BCHW, told, skips)
+        x_BCHW = elementwise(self.conv_act, self.conv_norm_out(x_BCHW))
+        return told.convolution(self.conv_out, x_BCHW).contiguous()
+
+    def layers(self) -> Iterator[nn.Module]:
+        """Every layer between the embeddings and the prediction, in the order of the forward pass."""
+        yield self.conv_in
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            yield from block.layers()
+        yield self.conv_out
 
     def attention_layers(self) -> Iterator[AddedKVAttention | Transformer2D]:
         """Every layer that looks at the text, in the order of the forward pass."""
@@ -159,11 +203,20 @@ class UNet2DConditionModel(Model):
                 f"pad or resize the picture."
             )
 
-    def _time(self, timestep: Tensor | float, x_BCHW: Tensor, context: Context) -> Tensor:
-        t_B = torch.as_tensor(timestep, device=x_BCHW.device).reshape(-1).expand(len(x_BCHW))
-        emb_BT = self.time_embedding(self._sinusoid(t_B).to(x_BCHW.dtype))
-        if context.emb_BT is not None:
-            emb_BT = emb_BT + context.emb_BT
+    def _says(self, timesteps: Sequence[int], *, context: Context, like_BLE: Tensor) -> Tensor:
+        """[R, B, S]: rows of a timetable."""
+        assert context.ready is not None
+        rows, batch = len(timesteps), len(like_BLE)
+        t_R = torch.tensor(timesteps, device=like_BLE.device)
+        emb_BT = None if context.emb_BT is None else context.emb_BT.repeat(rows, 1)
+        emb_RBT = self._time(t_R.repeat_interleave(batch), emb_BT, like_BLE.dtype).unflatten(0, (rows, batch))
+        return context.ready.says(emb_RBT)
+
+    def _time(self, t_B: Tensor, other_BT: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The embedding of times, with what else there is to embed."""
+        emb_BT = self.time_embedding(self._sinusoid(t_B).to(dtype))
+        if other_BT is not None:
+            emb_BT = emb_BT + other_BT
         return emb_BT if self.time_embed_act is None else self.time_embed_act(emb_BT)
 
     def _sinusoid(self, value_B: Tensor) -> Tensor:

@@ -1,18 +1,20 @@
 """One level of the UNet, going down, in the middle and going up; what a block type means stands in configs.
 
-B images  C channels  H height  W width  T time width
+Every block lists its `layers` in the order in which it asks for them to be `told` something.
+
+B images  C channels  H height  W width
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from floyd.models.configs import BlockType, UNetConfig
+from floyd.models.unet_told import Told
 from floyd.nn.attention import AddedKVAttention
 from floyd.nn.resnet import Downsample, ResnetBlock, Upsample
 from floyd.nn.transformer import Transformer2D
@@ -115,18 +117,21 @@ class DownBlock(nn.Module):
                 style.resnet(block, channels, channels, "down") if block.is_simple else Downsample(channels)
             )
 
-    def forward(
-        self, x_BCHW: Tensor, emb_BT: Tensor, skips: list[Tensor], layers: Iterator[Any], bias: Tensor | None
-    ) -> Tensor:
+    def forward(self, x_BCHW: Tensor, told: Told, skips: list[Tensor]) -> Tensor:
         for i, resnet in enumerate(self.resnets):
-            x_BCHW = resnet(x_BCHW, emb_BT)
+            x_BCHW = told.resnet(resnet, x_BCHW)
             if len(self.attentions):
-                x_BCHW = self.attentions[i](x_BCHW, next(layers), bias)
+                x_BCHW = told.attention(self.attentions[i], x_BCHW)
             skips.append(x_BCHW)
         for sampler in self.downsamplers:
-            x_BCHW = sampler(x_BCHW, emb_BT) if isinstance(sampler, ResnetBlock) else sampler(x_BCHW)
+            is_simple = isinstance(sampler, ResnetBlock)
+            x_BCHW = told.resnet(sampler, x_BCHW) if is_simple else told.convolution(sampler, x_BCHW)
             skips.append(x_BCHW)
         return x_BCHW
+
+    def layers(self) -> Iterator[nn.Module]:
+        yield from _in_turns(self.resnets, self.attentions)
+        yield from self.downsamplers
 
 
 class MidBlock(nn.Module):
@@ -139,10 +144,13 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(style.resnet(block, channels, channels) for _ in range(2))
         self.attentions = style.attentions(block, channels, 1)
 
-    def forward(self, x_BCHW: Tensor, emb_BT: Tensor, layers: Iterator[Any], bias: Tensor | None) -> Tensor:
-        x_BCHW = self.resnets[0](x_BCHW, emb_BT)
-        x_BCHW = self.attentions[0](x_BCHW, next(layers), bias)
-        return self.resnets[1](x_BCHW, emb_BT)
+    def forward(self, x_BCHW: Tensor, told: Told) -> Tensor:
+        x_BCHW = told.resnet(self.resnets[0], x_BCHW)
+        x_BCHW = told.attention(self.attentions[0], x_BCHW)
+        return told.resnet(self.resnets[1], x_BCHW)
+
+    def layers(self) -> Iterator[nn.Module]:
+        yield from (self.resnets[0], self.attentions[0], self.resnets[1])
 
 
 class UpBlock(nn.Module):
@@ -172,17 +180,26 @@ class UpBlock(nn.Module):
                 style.resnet(block, channels, channels, "up") if block.is_simple else Upsample(channels)
             )
 
-    def forward(
-        self, x_BCHW: Tensor, emb_BT: Tensor, skips: list[Tensor], layers: Iterator[Any], bias: Tensor | None
-    ) -> Tensor:
+    def forward(self, x_BCHW: Tensor, told: Told, skips: list[Tensor]) -> Tensor:
         for i, resnet in enumerate(self.resnets):
-            x_BCHW = resnet(torch.cat([x_BCHW, skips.pop()], dim=1), emb_BT)
+            x_BCHW = told.resnet(resnet, torch.cat([x_BCHW, skips.pop()], dim=1))
             if len(self.attentions):
-                x_BCHW = self.attentions[i](x_BCHW, next(layers), bias)
+                x_BCHW = told.attention(self.attentions[i], x_BCHW)
         for sampler in self.upsamplers:
             if isinstance(sampler, ResnetBlock):
-                x_BCHW = sampler(x_BCHW, emb_BT)
+                x_BCHW = told.resnet(sampler, x_BCHW)
             else:
                 size = (skips[-1].shape[-2], skips[-1].shape[-1])
-                x_BCHW = sampler(x_BCHW, size)
+                x_BCHW = told.convolution(sampler, x_BCHW, size)
         return x_BCHW
+
+    def layers(self) -> Iterator[nn.Module]:
+        yield from _in_turns(self.resnets, self.attentions)
+        yield from self.upsamplers
+
+
+def _in_turns(resnets: nn.ModuleList, attentions: nn.ModuleList) -> Iterator[nn.Module]:
+    for i, resnet in enumerate(resnets):
+        yield resnet
+        if len(attentions):
+            yield attentions[i]

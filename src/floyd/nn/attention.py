@@ -7,11 +7,14 @@ A layer reads the text once (`read`): its keys and values depend on the prompt a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from floyd.nn.rewrites import Joined
 
 
 class TextKV(NamedTuple):
@@ -19,6 +22,7 @@ class TextKV(NamedTuple):
 
     key_BNLK: Tensor
     value_BNLK: Tensor
+    qkv: Joined | None = None  # the layer's own projections of the pixels as one, where those are rewritten
 
 
 def split_heads(x_BMC: Tensor, num_heads: int) -> Tensor:
@@ -78,16 +82,26 @@ class AddedKVAttention(nn.Module):
 
     def forward(self, x_BCHW: Tensor, text: TextKV, bias_B11L: Tensor | None = None) -> Tensor:
         h_BPC = self.group_norm(x_BCHW).flatten(2).transpose(1, 2)
-        q_BNPK = split_heads(self.to_q(h_BPC), self.num_heads)
-        k_BNMK, v_BNMK = text
-        if not self.only_cross_attention:
-            k_BNMK = torch.cat([k_BNMK, split_heads(self.to_k(h_BPC), self.num_heads)], dim=2)
-            v_BNMK = torch.cat([v_BNMK, split_heads(self.to_v(h_BPC), self.num_heads)], dim=2)
+        q_BNPK, *own = (split_heads(part, self.num_heads) for part in self._projected(h_BPC, text.qkv))
+        k_BNMK, v_BNMK = text.key_BNLK, text.value_BNLK
+        if own:
+            k_BNMK, v_BNMK = torch.cat([k_BNMK, own[0]], dim=2), torch.cat([v_BNMK, own[1]], dim=2)
         if bias_B11L is not None:
             bias_B11L = F.pad(bias_B11L, (0, k_BNMK.shape[2] - bias_B11L.shape[-1]))
         out_BNPK = attended(q_BNPK, k_BNMK, v_BNMK, bias_B11L)
         out_BPC = self.to_out[0](merge_heads(out_BNPK))
         return x_BCHW + out_BPC.transpose(1, 2).unflatten(2, x_BCHW.shape[-2:])
+
+    def joined(self) -> Joined | None:
+        """The projections of the pixels as one, where there are several and all are plain."""
+        return None if self.only_cross_attention else Joined.of([self.to_q, self.to_k, self.to_v])
+
+    def _projected(self, h_BPC: Tensor, qkv: Joined | None) -> Sequence[Tensor]:
+        if self.only_cross_attention:
+            return (self.to_q(h_BPC),)
+        if qkv is None or torch.is_grad_enabled():
+            return self.to_q(h_BPC), self.to_k(h_BPC), self.to_v(h_BPC)
+        return qkv(h_BPC).chunk(3, dim=-1)
 
 
 class Attention(nn.Module):

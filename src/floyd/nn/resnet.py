@@ -49,23 +49,28 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x_BCHW: Tensor, emb_BD: Tensor) -> Tensor:
-        h_BCHW = self.conv1(self._resampled(self.nonlinearity(self.norm1(x_BCHW))))
-        h_BCHW = self.nonlinearity(self._timed(h_BCHW, emb_BD))
+        h_BCHW = self.conv1(self.resampled(self.nonlinearity(self.norm1(x_BCHW))))
+        h_BCHW = self.nonlinearity(self.timed(h_BCHW, self.projected(emb_BD)))
         h_BCHW = self.conv2(self.dropout(h_BCHW))
-        x_BCHW = self._resampled(x_BCHW)
+        x_BCHW = self.resampled(x_BCHW)
         if self.conv_shortcut is not None:
             x_BCHW = self.conv_shortcut(x_BCHW)
         out_BCHW = x_BCHW + h_BCHW
         return out_BCHW if self.out_scale == 1.0 else out_BCHW / self.out_scale
 
-    def _timed(self, h_BCHW: Tensor, emb_BD: Tensor) -> Tensor:
-        time_BC11 = self.time_emb_proj(emb_BD if self.skip_time_act else self.nonlinearity(emb_BD))[:, :, None, None]
+    def projected(self, emb_BD: Tensor) -> Tensor:
+        """What time says to this block: scale and shift, or what to add."""
+        return self.time_emb_proj(emb_BD if self.skip_time_act else self.nonlinearity(emb_BD))
+
+    def timed(self, h_BCHW: Tensor, time_BC: Tensor) -> Tensor:
+        """The second norm, told the time."""
+        time_BC11 = time_BC[:, :, None, None]
         if not self.is_film:
             return self.norm2(h_BCHW + time_BC11)
         scale_BC11, shift_BC11 = time_BC11.chunk(2, dim=1)
         return self.norm2(h_BCHW) * (1 + scale_BC11) + shift_BC11
 
-    def _resampled(self, x_BCHW: Tensor) -> Tensor:
+    def resampled(self, x_BCHW: Tensor) -> Tensor:
         if self.resample == "up":
             return F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
         if self.resample == "down":

@@ -1,0 +1,66 @@
+"""How a picture is computed faster without becoming another: one switch for each way, to be measured alone.
+
+Every switch is exact up to rounding. What is on by itself depends on the device, by measurement: `benchmarks/ladder.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switches:
+    """`pipe.switches = Switches(...)`; what is not named is off."""
+
+    read_once: bool = False
+    """Layers read prompt and noise level before the first step, not at each."""
+    time_table: bool = False
+    """What time says to every layer at every step is computed before the first step."""
+    fold_scale_shift: bool = False
+    """Time's scale and shift become the affine part of the norm before them."""
+    fuse_qkv: bool = False
+    """Queries, keys and values of the pixels come from one matrix product."""
+    rewrite_upsampling: bool = False
+    """Doubling and then convolving is one transposed convolution, with 4/9 of the products."""
+    channels_last: bool = False
+    """Feature maps lie in memory pixel by pixel."""
+    pack_convolutions: bool = False
+    """Weights of 3x3 convolutions lie as the CPU's kernels want them; takes as much memory again as they do."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, bool):
+                raise TypeError(f"The switch {field.name} is on or off, True or False; got {value!r}.")
+        if needed := [name for name in _NEED_READING if getattr(self, name)]:
+            if not self.read_once:
+                raise ValueError(f"{', '.join(needed)} can be on only if read_once is: there is nowhere else to keep them.")
+
+    @classmethod
+    def off(cls) -> Self:
+        return cls()
+
+    @classmethod
+    def on(cls) -> Self:
+        return cls(**{field.name: True for field in fields(cls)})
+
+    @classmethod
+    def best_for(cls, device: torch.device | str) -> Self:
+        """What is on unless it is told otherwise."""
+        every = cls.on()
+        if torch.device(device).type == "cpu":
+            return every
+        return replace(every, rewrite_upsampling=False, channels_last=False, pack_convolutions=False)
+
+
+_NEED_READING = (
+    "time_table",
+    "fold_scale_shift",
+    "fuse_qkv",
+    "rewrite_upsampling",
+    "channels_last",
+    "pack_convolutions",
+)
