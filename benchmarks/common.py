@@ -6,12 +6,17 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+CLOCKS: dict[str, Callable[[], float]] = {
+    "wall": time.perf_counter,
+    "cpu": time.process_time,  # of all threads together: for one thread on a machine that others use as well
+}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -45,3 +50,22 @@ def write(name: str, figures: Any) -> Path:
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": list(values)}
+
+
+def in_turns(works: Mapping[str, Callable[[], Any]], rounds: int, clock: str = "wall") -> dict[str, list[float]]:
+    """Seconds of each piece of work, done in turns (A, B, A, B, ...) after one turn that does not count."""
+    now = CLOCKS[clock]
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            begin = now()
+            work()
+            if turn:
+                seconds[name].append(now() - begin)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, Sequence[float]], to: str) -> dict[str, float]:
+    """How many times as fast as `to`, by medians of one run."""
+    base = statistics.median(seconds[to])
+    return {name: base / statistics.median(values) for name, values in seconds.items()}

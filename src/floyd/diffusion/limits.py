@@ -60,7 +60,7 @@ class DynamicThreshold:
 def quantile(x_BN: Tensor, ratio: float) -> Tensor:
     """`torch.quantile` of each row as [B, 1], without sorting the row, of any length, and finite where `x` is not.
 
-    Equal to the last bit on finite input: the rank is a float32, as there.
+    Equal to the last bit on finite input: the rank is a float32, as there. No number travels between devices.
     """
     x_BN = at_least_float32(x_BN)
     last = x_BN.shape[1] - 1
@@ -71,5 +71,4 @@ def quantile(x_BN: Tensor, ratio: float) -> Tensor:
 
     upper_BN = x_BN.topk(last + 1 - below, dim=1, sorted=False).values
     ends_B2 = upper_BN.topk(1 + above - below, dim=1, largest=False).values.clamp(-largest, largest)
-    weight_B1 = (rank - below).to(x_BN.device).expand(len(x_BN), 1)
-    return torch.lerp(ends_B2[:, :1], ends_B2[:, -1:], weight_B1)
+    return torch.lerp(ends_B2[:, :1], ends_B2[:, -1:], float(rank - below))

@@ -99,4 +99,7 @@ def _drawn(shape: Sequence[int], generator: Generator | None, dtype: torch.dtype
             f"A generator on {source.type} cannot draw for a tensor on {device.type}; make it with "
             f"torch.Generator({device.type!r}), or on the CPU, which serves every device."
         )
-    return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)
+    drawn = torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype)
+    if device.type == "cuda" and source.type == "cpu":
+        return drawn.pin_memory().to(device, non_blocking=True)  # the next kernels wait for it, this thread does not
+    return drawn.to(device)

@@ -39,8 +39,11 @@ class Rewrites(Protocol):
 
 
 def is_exactly(module: object, kind: type[nn.Module]) -> bool:
-    """Whether a module is the layer itself, and nothing that was built upon it or put into its place."""
-    return type(module) is kind and not is_watched(module)
+    """Whether a module is the layer itself with plain weights, and nothing built upon it or put into its place."""
+    if type(module) is not kind or is_watched(module):
+        return False
+    parts = (module.weight, module.bias)  # a quantized weight may be a tensor of another kind in an ordinary layer
+    return all(part is None or type(part) in (Tensor, nn.Parameter) for part in parts) and module.weight is not None
 
 
 def is_watched(module: nn.Module) -> bool:

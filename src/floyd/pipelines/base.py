@@ -27,6 +27,7 @@ from floyd.runtime.placement import (
     reachable,
     send,
 )
+from floyd.runtime.switches import Switches
 from floyd.store.components import save_component
 from floyd.store.config import Config
 from floyd.store.layout import write_index
@@ -59,6 +60,7 @@ class DiffusionPipeline:
 
     config: Config
     _placement: Placement = WhereTheyAre()
+    _switches: Switches | None = None
     _progress_bar: Mapping[str, Any] = MappingProxyType({})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -129,7 +131,7 @@ class DiffusionPipeline:
     def from_pipe(cls, pipeline: DiffusionPipeline, **given: Any) -> Self:
         """This class over another pipeline's components, which both share from then on; nothing is loaded or copied.
 
-        A component or value given as a keyword takes its place. The other's offloading and progress bar come along.
+        A component or value given as a keyword takes its place. The other's offloading, switches and progress bar come along.
         """
         if not isinstance(pipeline, DiffusionPipeline):
             raise TypeError(f"{cls.__name__}.from_pipe takes a pipeline, got a {type(pipeline).__name__}.")
@@ -146,6 +148,7 @@ class DiffusionPipeline:
         pipe = cls(**{**dict.fromkeys(cls.optional_components), **parts})
         pipe.config = pipe.config.from_json({**pipe.config, "_name_or_path": pipeline.name_or_path})
         pipe._place(pipeline._placement)
+        pipe._switches = pipeline._switches
         pipe._progress_bar = pipeline._progress_bar
         return pipe
 
@@ -214,6 +217,17 @@ class DiffusionPipeline:
     def dtype(self) -> torch.dtype:
         parameters = (p.dtype for _, module in self._modules() for p in module.parameters() if p.is_floating_point())
         return next(parameters, torch.float32)
+
+    @property
+    def switches(self) -> Switches:
+        """The ways of computing faster that are on. Set `Switches(...)`, or None for what is best for the device."""
+        return Switches.best_for(self.device) if self._switches is None else self._switches
+
+    @switches.setter
+    def switches(self, switches: Switches | None) -> None:
+        if not isinstance(switches, Switches | None):
+            raise TypeError(f"switches are a floyd.runtime.switches.Switches or None, got {switches!r}.")
+        self._switches = switches
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """Keep all networks in main memory, and on the accelerator only the one in use."""

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from floyd.adapters.attached import heeds_calls
-from floyd.adapters.calls import call_scale
 from floyd.diffusion.canvas import Canvas
 from floyd.diffusion.conditioning import Conditioning, low_res_condition
 from floyd.diffusion.engine import Moved, OnStep, denoise, moves
-from floyd.diffusion.guidance import Guidance, Network, Predict
+from floyd.diffusion.guidance import Guidance, Predict
 from floyd.diffusion.noise import Noise
 from floyd.diffusion.repaint import repainting
 from floyd.diffusion.samplers import Sampler
@@ -29,7 +28,8 @@ from floyd.pipelines.apart import Apart, each, predictor, steady
 from floyd.pipelines.finish import Finished, Judge
 from floyd.pipelines.keeping import Kept
 from floyd.pipelines.lora import LoraPipeline
-from floyd.pipelines.options import Action, Options, StageOptions, dtype_of, lora_scale, with_defaults
+from floyd.pipelines.network import Networks, is_ours
+from floyd.pipelines.options import Action, Options, StageOptions, with_defaults
 from floyd.pipelines.watching import Interrupts, Watcher
 from floyd.store.layout import uncompiled
 from floyd.text.prompts import PromptPair
@@ -188,15 +188,17 @@ class Painter(LoraPipeline):
                 x_BCHW = _first(task, noise)
                 extra = _low_res(task, noise)
 
+        switches, timesteps = self.switches, [step.t for step in task.steps]
+
         @torch.no_grad()
         def predict_for(text: PromptPair) -> Predict:
+            networks = Networks.of(unet, switches, timesteps, task.options.cross_attention_kwargs)
             positive, negative = (None if part is None else Conditioning(part, *extra) for part in text)
             assert positive is not None
             guidance = Guidance.classifier_free(positive, negative, task.options.guidance_scale)
-            attention = task.options.cross_attention_kwargs
             if is_apart:
-                return predictor(guidance, lambda told: network(unet, told, attention))
-            return guidance.predictor(network(unet, guidance.joined, attention))
+                return predictor(guidance, networks.told)
+            return guidance.predictor(networks.told(guidance.joined))
 
         sampler = Apart.of(task.sampler, len(x_BCHW)) if is_apart else task.sampler
         sampler = repainting(sampler, task.canvas)
@@ -235,7 +237,7 @@ class Painter(LoraPipeline):
                 "load one, or leave safety out."
             )
         self._check_embeds(options)
-        if options.lora_scale != 1 and _is_ours(self.unet) and not self._heeds_calls():
+        if options.lora_scale != 1 and is_ours(self.unet) and not self._heeds_calls():
             log.warning("cross_attention_kwargs['scale'] is the strength of LoRA, and none acts here: no effect.")
         return options
 
@@ -305,48 +307,3 @@ def _low_res(task: Task, noise: Noise) -> tuple[Tensor, Tensor] | tuple[()]:
     return low_res_condition(
         given.picture_BCHW, canvas.sides, given.level, given.schedule, noise, extended=canvas.extended
     )
-
-
-def network(unet: Any, told: Conditioning, attention: Mapping[str, Any] | None = None) -> Network:
-    """The UNet as the engine calls it. The text is read once; x is cast to the network's precision at its border."""
-    dtype = dtype_of(unet, told.text_BLD.dtype)
-    text_BLD, level_B = told.text_BLD.to(dtype), told.noise_level_B
-
-    is_ours = _is_ours(unet)
-    scale = lora_scale(attention) if is_ours else 1.0
-    if is_ours and not _is_compiled(unet):
-        with call_scale(scale):
-            context = unet.read(text_BLD, level_B)
-
-        def step(x_KCHW: Tensor, t: int, joined: Conditioning) -> Tensor:
-            with call_scale(scale):
-                moved: Tensor = unet.step(joined.takes(x_KCHW).to(dtype), _time(t, x_KCHW), context)
-            return moved
-
-        return step
-
-    extra: dict[str, Any] = {} if level_B is None else {"class_labels": level_B}
-    if attention and not is_ours:
-        extra["cross_attention_kwargs"] = dict(attention)
-
-    def call(x_KCHW: Tensor, t: int, joined: Conditioning) -> Tensor:
-        sample = joined.takes(x_KCHW).to(dtype)
-        with call_scale(scale):
-            out: Tensor = unet(sample, _time(t, x_KCHW), encoder_hidden_states=text_BLD, return_dict=False, **extra)[0]
-        return out
-
-    return call
-
-
-def _is_ours(unet: Any) -> bool:
-    """Another's network must be told everything anew at each step, and weighs its LoRA itself."""
-    return hasattr(type(uncompiled(unet)), "read")
-
-
-def _is_compiled(unet: Any) -> bool:
-    """A compiled network must be called as it was compiled, whole; its methods would run the slow original."""
-    return uncompiled(unet) is not unet or getattr(unet, "_compiled_call_impl", None) is not None
-
-
-def _time(t: int, like: Tensor) -> Tensor:
-    return torch.tensor(t, device=like.device)  # a tensor, so that a compiled network is not compiled for every number
