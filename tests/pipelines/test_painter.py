@@ -69,7 +69,7 @@ def test_a_foreign_network_is_told_the_attention_arguments(ours: dict[str, Any])
 
 def test_a_scale_without_lora_is_said_to_be_wasted(ours: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     paint(ours["one"], **TEXT, cross_attention_kwargs={"scale": 0.5})
-    assert "of which this network has none" in caplog.text
+    assert "none acts here: no effect" in caplog.text
 
 
 def test_the_text_is_read_once_a_call(ours: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_a_compiled_network_of_ours_is_not_told_what_it_does_not_take(
 ) -> None:
     monkeypatch.setattr(ours["one"].unet, "_compiled_call_impl", ours["one"].unet.forward)
     paint(ours["one"], **TEXT, num_inference_steps=1, cross_attention_kwargs={"scale": 0.5})
-    assert "of which this network has none" in caplog.text
+    assert "none acts here: no effect" in caplog.text
 
 
 @pytest.mark.slow
