@@ -29,7 +29,7 @@ from floyd.runtime.quantize import (
     quantization_of,
     quantize,
 )
-from floyd.runtime.schemes import SCHEMES
+from floyd.runtime.schemes import SCHEMES, Kept
 
 NEAR = {"int8": 0.01, "fp8": 0.03, "int4": 0.09}  # the error of weights of a normal distribution, relative
 EACH = pytest.mark.parametrize("name", SCHEMES)
@@ -42,6 +42,12 @@ def seeded(*shape: int, seed: int = 0) -> Tensor:
 def apart(a: Tensor, b: Tensor) -> float:
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).norm() / b.norm())
+
+
+def keep(name: str, weight: Tensor) -> Kept:
+    kept = Kept.room(SCHEMES[name].extents(tuple(weight.shape)), "cpu")
+    SCHEMES[name].keep(weight, kept)
+    return kept
 
 
 def random_t5(seed: int, num_layers: int) -> Any:
@@ -64,7 +70,7 @@ def known(keys: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("shape", [(64, 96), (24, 40, 3, 3), (8, 33)], ids=str)
 def test_a_weight_comes_back_nearly(name: str, shape: tuple[int, ...]) -> None:
     weight = seeded(*shape) * 10 ** seeded(shape[0], *[1] * (len(shape) - 1), seed=1)  # channels of all sizes
-    kept = SCHEMES[name].keep(weight)
+    kept = keep(name, weight)
     assert apart(SCHEMES[name].weight(kept, shape, torch.float32), weight) < NEAR[name]
     assert [tuple(part.shape) for part in kept] == [extent.shape for extent in SCHEMES[name].extents(shape)]
     assert [part.dtype for part in kept] == [extent.dtype for extent in SCHEMES[name].extents(shape)]
@@ -75,10 +81,10 @@ def test_many_rows_are_worked_on_a_few_at_a_time_and_come_out_the_same(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = seeded(10, 64)
-    whole = SCHEMES[name].keep(weight)
+    whole = keep(name, weight)
     back = SCHEMES[name].weight(whole, weight.shape, torch.float32)
-    monkeypatch.setattr("floyd.runtime.schemes._ROWS_AT_ONCE", 3 * 64)
-    parts = SCHEMES[name].keep(weight)
+    monkeypatch.setattr("floyd.runtime.schemes._AT_ONCE", 3 * 64)
+    parts = keep(name, weight)
     assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(whole, parts, strict=True))
     assert torch.equal(SCHEMES[name].weight(parts, weight.shape, torch.float32), back)
 
@@ -88,7 +94,7 @@ def test_nothing_stays_nothing_and_extremes_stay_finite(name: str) -> None:
     weight = torch.zeros(3, 64)
     weight[1] = 1e30
     weight[2, 5] = -1e-30
-    back = SCHEMES[name].weight(SCHEMES[name].keep(weight), weight.shape, torch.float32)
+    back = SCHEMES[name].weight(keep(name, weight), weight.shape, torch.float32)
     assert torch.equal(back[0], weight[0])
     assert apart(back[1], weight[1]) < NEAR[name]
     assert back.isfinite().all()

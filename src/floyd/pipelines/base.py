@@ -93,6 +93,7 @@ class DiffusionPipeline:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        quantization: str | Mapping[str, str | None] | None = None,
         **components: Any,
     ) -> Self:
         """A pipeline from a folder or a hub id.
@@ -100,13 +101,15 @@ class DiffusionPipeline:
         A component given as a keyword is taken instead of the checkpoint's, and None does without it; the files of
         neither are read or fetched. `variant` picks files ("fp16"), `torch_dtype` (or `dtype`) the precision, float32
         unless given; a mapping of component names to dtypes may hold "default". `device_map` "auto" or "balanced" is
-        the machine's best device; a device's name is that device.
+        the machine's best device; a device's name is that device. `quantization`, "int8", "fp8" or "int4", keeps the
+        weights of text encoder and UNet in fewer bits from the moment they are read; a mapping says it by component.
         """
         request = Request(
             source=pretrained_model_name_or_path,
             dtype=dtype if torch_dtype is None else torch_dtype,
             variant=variant,
             use_safetensors=use_safetensors,
+            quantization=quantization,
             hub={
                 "revision": revision,
                 "token": token,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from floyd.runtime.schemes import scheme_named
 from floyd.store.components import load_component
 from floyd.store.hub import snapshot
 from floyd.store.layout import ComponentType, ModelIndex, read_index, type_of
@@ -22,6 +23,10 @@ log = logging.getLogger(__name__)
 
 P = TypeVar("P", bound="DiffusionPipeline")
 Dtypes = torch.dtype | str | Mapping[str, torch.dtype | str] | None
+Quantizations = str | Mapping[str, str | None] | None
+
+_LARGE = ("text_encoder", "unet")  # what a quantization of no component in particular is for
+_QUANTIZABLE = (*_LARGE, "vae", "safety_checker", "default")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,7 @@ class Request:
     dtype: Dtypes = None
     variant: str | None = None
     use_safetensors: bool | None = None
+    quantization: Quantizations = None
     hub: Mapping[str, Any] = field(default_factory=dict, repr=False)  # holds a token
     given: Mapping[str, Any] = field(default_factory=dict, repr=False)  # components, values, and what nobody knows
 
@@ -39,6 +45,7 @@ class Request:
         names = self.dtype.values() if isinstance(self.dtype, Mapping) else [self.dtype]
         for name in names:
             as_dtype(name)
+        self._check_quantization()
 
     def folder(self, components: list[str]) -> Any:
         """The local folder, with these components' files in it."""
@@ -54,6 +61,23 @@ class Request:
         if isinstance(self.dtype, Mapping):
             return self.dtype.get(component, self.dtype.get("default"))
         return self.dtype
+
+    def quantization_of(self, component: str) -> str | None:
+        told = self.quantization
+        if isinstance(told, Mapping):
+            return told.get(component, told.get("default") if component in _LARGE else None)
+        return told if component in _LARGE else None
+
+    def _check_quantization(self) -> None:
+        told = self.quantization
+        if told is not None and not isinstance(told, str | Mapping):
+            raise TypeError(f"quantization must be a name, or names by component; got {told!r}.")
+        by_name = told if isinstance(told, Mapping) else {"default": told}
+        if unknown := sorted(set(by_name) - set(_QUANTIZABLE)):
+            raise ValueError(f"quantization is of {', '.join(_QUANTIZABLE)}; got {', '.join(unknown)}.")
+        for name in by_name.values():
+            if name is not None:
+                scheme_named(name)
 
 
 def load(request: Request, choose: Callable[[str], type[P]]) -> P:
@@ -78,6 +102,7 @@ def load(request: Request, choose: Callable[[str], type[P]]) -> P:
             variant=request.variant,
             torch_dtype=request.dtype_of(name),
             use_safetensors=request.use_safetensors,
+            quantization=request.quantization_of(name),
         )
         for name, kind in kinds.items()
     }

@@ -66,8 +66,8 @@ class Quantized(nn.Module):
         assert bias is None or isinstance(bias, nn.Parameter)
         self.scheme = scheme
         self.shape = weight.shape
-        for name, extent in zip(STORED, scheme.extents(tuple(weight.shape)), strict=True):
-            self.register_buffer(name, torch.empty(extent.shape, dtype=extent.dtype, device="meta"))
+        for name, tensor in zip(STORED, self._room("meta"), strict=True):
+            self.register_buffer(name, tensor)
         self.register_buffer("like", torch.empty(0, dtype=weight.dtype, device=_real(weight.device)), persistent=False)
         self.bias = bias
 
@@ -76,8 +76,18 @@ class Quantized(nn.Module):
         """Keep this weight."""
         if weight.shape != self.shape:
             raise ValueError(f"This layer takes a weight of shape {tuple(self.shape)}, got {tuple(weight.shape)}.")
-        self.codes, self.scale = self.scheme.keep(weight.detach())
+        if self.codes.is_meta or self.codes.device != weight.device:
+            self.make_room(weight.device)
+        self.scheme.keep(weight.detach(), Kept(self.codes, self.scale))
         return self
+
+    def make_room(self, device: torch.device | str = "cpu") -> None:
+        """Reserve the memory. Done for all layers before the first takes its weight, what the work needs for a moment
+        leaves no gaps between what stays."""
+        self.codes, self.scale = self._room(device)
+
+    def _room(self, device: torch.device | str) -> Kept:
+        return Kept.room(self.scheme.extents(tuple(self.shape)), device)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.scheme.weight(Kept(self.codes, self.scale), self.shape, dtype or self.like.dtype)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 GROUP = 32
-_ROWS_AT_ONCE = 2**22  # weights that are unpacked at once: what lies in memory beside the result stays small
+# Weights that are worked on at once: beside the result little lies in memory, in a CPU's nearest.
+_AT_ONCE, _AT_ONCE_ELSEWHERE = 2**18, 2**25
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -28,13 +29,6 @@ _NF4 = (
 )  # fmt: skip
 _GRID = 2047  # steps from the lowest value to the highest, of a table of the nearest values
 _REFINEMENTS = 2  # of a group's scale; each makes the error a little smaller, and loading a little slower
-
-
-class Kept(NamedTuple):
-    """What is kept of a weight."""
-
-    codes: Tensor
-    scale: Tensor
 
 
 class Extent(NamedTuple):
@@ -46,6 +40,17 @@ class Extent(NamedTuple):
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+
+class Kept(NamedTuple):
+    """What is kept of a weight."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @classmethod
+    def room(cls, extents: tuple[Extent, Extent], device: torch.device | str) -> Kept:
+        return cls(*(torch.empty(extent.shape, dtype=extent.dtype, device=device) for extent in extents))
 
 
 class Scheme(Protocol):
@@ -62,7 +67,8 @@ class Scheme(Protocol):
     def extents(self, shape: Sequence[int]) -> tuple[Extent, Extent]:
         """Of codes and scale, for a weight of this shape."""
 
-    def keep(self, weight: Tensor) -> Kept: ...
+    def keep(self, weight: Tensor, out: Kept) -> None:
+        """Write into `out` what is kept of the weight."""
 
     def weight(self, kept: Kept, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The weight again, nearly."""
@@ -82,19 +88,18 @@ class ByChannel:
     def extents(self, shape: Sequence[int]) -> tuple[Extent, Extent]:
         return Extent(tuple(shape), self.dtype), Extent((shape[0],), torch.float32)
 
-    def keep(self, weight: Tensor) -> Kept:
-        scale_O = weight.flatten(1).abs().amax(1).float() / self.largest
-        codes = torch.empty(weight.shape, dtype=self.dtype, device=weight.device)
-        safe_O = torch.where(scale_O > 0, scale_O, 1.0)
-        for rows in _rows(weight.shape):
-            ratio = weight[rows].float() / _as_rows(safe_O[rows], weight.ndim)
+    def keep(self, weight: Tensor, out: Kept) -> None:
+        for rows in _rows(weight):
+            part = weight[rows].float()
+            scale_O = part.flatten(1).abs().amax(1) / self.largest
+            ratio = part / _as_rows(torch.where(scale_O > 0, scale_O, 1.0), weight.ndim)
             whole = ratio if self.dtype.is_floating_point else ratio.round_()
-            codes[rows] = whole.clamp_(-self.largest, self.largest).to(self.dtype)
-        return Kept(codes, scale_O)
+            out.codes[rows] = whole.clamp_(-self.largest, self.largest).to(self.dtype)
+            out.scale[rows] = scale_O
 
     def weight(self, kept: Kept, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         out = torch.empty(tuple(shape), dtype=dtype, device=kept.codes.device)
-        for rows in _rows(shape):
+        for rows in _rows(kept.codes, prod(shape[1:])):
             out[rows] = kept.codes[rows].float() * _as_rows(kept.scale[rows], len(shape))
         return out
 
@@ -112,24 +117,20 @@ class ByGroup:
         groups = -(-prod(shape[1:]) // GROUP)
         return Extent((shape[0], groups * GROUP // 2), torch.uint8), Extent((shape[0], groups), torch.bfloat16)
 
-    def keep(self, weight: Tensor) -> Kept:
-        codes, scale = (
-            torch.empty(extent.shape, dtype=extent.dtype, device=weight.device)
-            for extent in self.extents(tuple(weight.shape))
-        )
+    def keep(self, weight: Tensor, out: Kept) -> None:
+        codes, scale = out
         weight_OK = weight.flatten(1)
-        for rows in _rows(weight.shape):
+        for rows in _rows(weight):
             padded = torch.nn.functional.pad(weight_OK[rows].float(), (0, 2 * codes.shape[1] - weight_OK.shape[1]))
             scale[rows], nibbles = _best(padded.unflatten(1, (-1, GROUP)))
             low, high = nibbles.flatten(1).unflatten(1, (-1, 2)).unbind(2)
             codes[rows] = low | (high << 4)
-        return Kept(codes, scale)
 
     def weight(self, kept: Kept, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         out_OK = torch.empty((shape[0], prod(shape[1:])), dtype=dtype, device=kept.codes.device)
         values = torch.tensor(_NF4, device=kept.codes.device)
         pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=1)  # of a byte: low, high
-        for rows in _rows(shape):
+        for rows in _rows(kept.codes, prod(shape[1:])):
             codes_OJ, scale_OG = kept.codes[rows], kept.scale[rows]
             unit = pairs.index_select(0, codes_OJ.flatten().int()).view(*scale_OG.shape, GROUP)
             out_OK[rows] = (unit * scale_OG.float()[..., None]).flatten(1)[:, : out_OK.shape[1]]
@@ -176,6 +177,7 @@ def _as_rows(factor_O: Tensor, ndim: int) -> Tensor:
     return factor_O.view(-1, *[1] * (ndim - 1))
 
 
-def _rows(shape: Sequence[int]) -> list[slice]:
-    step = max(1, _ROWS_AT_ONCE // max(1, prod(shape[1:])))
-    return [slice(start, start + step) for start in range(0, shape[0], step)]
+def _rows(tensor: Tensor, width: int | None = None) -> list[slice]:
+    width = max(1, prod(tensor.shape[1:]) if width is None else width)
+    step = max(1, (_AT_ONCE if tensor.device.type == "cpu" else _AT_ONCE_ELSEWHERE) // width)
+    return [slice(start, start + step) for start in range(0, tensor.shape[0], step)]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from floyd.errors import CheckpointError
-from floyd.store import layout, weights
-from floyd.store.files import made
-from floyd.store.pretrained import Configured, Model, as_dtype
+from floyd.store import layout, lazy, weights
+from floyd.store.files import made, read_json
+from floyd.store.filling import KEY, Quantization, fill, quantization_for, quantizing
+from floyd.store.pretrained import Configured, Model, as_dtype, mark_quantized, parameters_on_meta
 from floyd.store.weights import some
 
 
@@ -25,6 +28,7 @@ def load_component(
     variant: str | None = None,
     torch_dtype: torch.dtype | str | None = None,
     use_safetensors: bool | None = None,
+    quantization: str | None = None,
 ) -> Any:
     """The component in `folder/name`, networks in evaluation mode and in float32 unless a dtype is given.
 
@@ -40,8 +44,9 @@ def load_component(
         return _load_files(cls, path)
     used = weights.available(path, variant=variant, use_safetensors=use_safetensors)
     if issubclass(cls, Model):
-        return cls.from_pretrained(path, variant=used, torch_dtype=torch_dtype, use_safetensors=use_safetensors)
-    return _load_transformer(cls, path, used, as_dtype(torch_dtype), use_safetensors)
+        files: dict[str, Any] = {"variant": used, "use_safetensors": use_safetensors}
+        return cls.from_pretrained(path, torch_dtype=torch_dtype, quantization=quantization, **files)
+    return _load_transformer(cls, path, used, as_dtype(torch_dtype), use_safetensors, quantization)
 
 
 def save_component(
@@ -62,12 +67,15 @@ def save_component(
         component.save_pretrained(path)
     elif isinstance(component, Model) or kind.library != "transformers":
         component.save_pretrained(path, safe_serialization=safe_serialization, **files)
-    elif safe_serialization:
+    elif safe_serialization and quantizing().quantization_of(component) is None:
         state = weights.without_adapters(component) if weights.has_adapters(component) else None
         component.save_pretrained(path, state_dict=state, **files)
-    else:  # transformers itself no longer writes pickles
+    else:  # transformers itself no longer writes pickles, and does not know our layers
         component.config.save_pretrained(path)
-        weights.write(weights.without_adapters(component), path, base="model", safe_serialization=False, **files)
+        mark_quantized(component, path / "config.json")
+        tied = _tied_keys(component) if safe_serialization else set()
+        state = {key: tensor for key, tensor in weights.without_adapters(component).items() if key not in tied}
+        weights.write(state, path, base="model", safe_serialization=safe_serialization, **files)
 
 
 def _load_files(cls: Any, path: Path) -> Any:
@@ -102,7 +110,12 @@ def _is_installed(module: str) -> bool:
 
 
 def _load_transformer(
-    cls: Any, path: Path, variant: str | None, dtype: torch.dtype, use_safetensors: bool | None
+    cls: Any,
+    path: Path,
+    variant: str | None,
+    dtype: torch.dtype,
+    use_safetensors: bool | None,
+    quantization: str | None,
 ) -> Any:
     """A text encoder, from our own reading of the files, which knows every order of their names.
 
@@ -113,6 +126,10 @@ def _load_transformer(
         config = cls.config_class.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} has no readable config.json: {error}") from error
+    kept = quantization_for(read_json(path / "config.json"), quantization, path)
+    if kept is not None and (kept.is_stored or cls.__name__ == "T5EncoderModel"):
+        state = lazy.opened(path, variant=variant, use_safetensors=use_safetensors)
+        return built(cls, config, state, dtype, place=str(path), quantization=kept)
     state = weights.read(path, variant=variant, use_safetensors=use_safetensors)
     if integers := [key for key, w in state.items() if w.dtype in {torch.int8, torch.uint8} or key.endswith(".SCB")]:
         raise CheckpointError(
@@ -127,4 +144,33 @@ def _load_transformer(
         if keys := report.get(fault):
             named = some({str(key) for key in keys})
             raise CheckpointError(f"{path} does not fit {cls.__name__}; {fault.partition('_')[0]}: {named}.")
+    return model.eval() if quantization is None else quantizing().quantize(model.eval(), quantization)
+
+
+def built(
+    cls: Any,
+    config: Any,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    place: str,
+    quantization: Quantization | None = None,
+) -> Any:
+    """A network of transformers from its weights under today's names, one by one; ties are made here."""
+    if hasattr(config, KEY):
+        delattr(config, KEY)
+    with parameters_on_meta():
+        model = cls(config)
+    tied = _tied_keys(model)
+    fill(model, state, dtype=dtype, place=place, quantization=quantization, tied=tied)
+    for copy, original in (getattr(model, "_tied_weights_keys", None) or {}).items():
+        if copy in tied:
+            owner, _, name = copy.rpartition(".")
+            setattr(model.get_submodule(owner), name, model.get_parameter(original))
     return model.eval()
+
+
+def _tied_keys(model: Any) -> set[str]:
+    """Of weights that are another's: they are stored once."""
+    present = set(model.state_dict())
+    return {key for key in getattr(model, "_tied_weights_keys", None) or {} if key in present}

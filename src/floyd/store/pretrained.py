@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from floyd.errors import CheckpointError
-from floyd.store import hub, weights
+from floyd.store import hub, lazy, weights
 from floyd.store.config import Config
 from floyd.store.files import made, read_json, write_json
+from floyd.store.filling import KEY, fill, quantization_for, quantizing
 from floyd.store.layout import INDEX_NAME, floyd_version, read_index
 from floyd.store.weights import some
 
@@ -150,21 +151,30 @@ class Model(Configured, nn.Module):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        quantization: str | None = None,
         **config_overrides: Any,
     ) -> Self:
         """The network in evaluation mode, in float32 unless a dtype is given, whatever the files hold.
 
         `variant` picks files ("fp16"), `torch_dtype` (or `dtype`) the precision; neither implies the other.
+        `quantization` ("int8", "fp8", "int4") keeps the weights of most layers in fewer bits, from the moment they are
+        read; the precision is then that of the computation.
         """
         cls._refuse_unknown(config_overrides)
         precision = _one_dtype(torch_dtype, dtype)
         source = hub.Source(path_or_id, revision, token, cache_dir, local_files_only, force_download)
         folder = hub.component(source, subfolder, variant=variant, use_safetensors=use_safetensors)
         config = cls._read_config(folder)
+        kept = quantization_for(config, quantization, folder)
+        config.pop(KEY, None)
         with parameters_on_meta():
             model = cls.from_config(config, **config_overrides)
-        state = weights.read(folder, variant=variant, use_safetensors=use_safetensors)
-        model._fill(cls.rename_keys(state), precision, str(folder))
+        if kept is None:
+            state: Mapping[str, Tensor] = weights.read(folder, variant=variant, use_safetensors=use_safetensors)
+            model._fill(cls.rename_keys(state), precision, str(folder))
+        else:
+            state = lazy.opened(folder, variant=variant, use_safetensors=use_safetensors)
+            fill(model, cls.rename_keys(state), dtype=precision, place=str(folder), quantization=kept)
         return model.eval()
 
     def save_pretrained(
@@ -176,6 +186,7 @@ class Model(Configured, nn.Module):
         max_shard_size: int | str = "10GB",
     ) -> None:
         super().save_pretrained(folder)
+        mark_quantized(self, Path(folder) / self.config_name)
         weights.write(
             weights.without_adapters(self),
             folder,
@@ -206,6 +217,12 @@ class Model(Configured, nn.Module):
         self.load_state_dict(cast, assign=True)
         if left := [name for name, p in [*self.named_parameters(), *self.named_buffers()] if p.is_meta]:
             raise CheckpointError(f"{place} left {some(left)} of {type(self).__name__} without weights.")
+
+
+def mark_quantized(model: nn.Module, config_path: Path) -> None:
+    """Say in a configuration file, already written, how the weights beside it are kept."""
+    if (name := quantizing().quantization_of(model)) is not None:
+        write_json(config_path, {**read_json(config_path), KEY: quantizing().config_of(name)})
 
 
 def _check_fit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], complaint: str) -> None:

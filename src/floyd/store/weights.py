@@ -30,15 +30,18 @@ def read(
     folder: str | os.PathLike[str], *, variant: str | None = None, use_safetensors: bool | None = None
 ) -> dict[str, Tensor]:
     """The state dict in a component's folder. The variant must exist; see `available` for falling back."""
-    path = Path(folder)
-    found = find(path, variant=variant, use_safetensors=use_safetensors)
     state: dict[str, Tensor] = {}
-    for file in _files_of(path, found):
+    for file in files(Path(folder), variant=variant, use_safetensors=use_safetensors):
         part = read_file(file)
         if doubled := state.keys() & part.keys():
             raise CheckpointError(f"{file} repeats {some(doubled)} of the shards before it.")
         state.update(part)
     return state
+
+
+def files(folder: Path, *, variant: str | None, use_safetensors: bool | None) -> list[Path]:
+    """The files that together hold the state dict."""
+    return _files_of(folder, find(folder, variant=variant, use_safetensors=use_safetensors))
 
 
 def find(folder: Path, *, variant: str | None, use_safetensors: bool | None) -> WeightSet:
@@ -95,7 +98,7 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a safetensors file: {_why(path, error)}") from error
+            raise CheckpointError(f"{path} is not a safetensors file: {why(path, error)}") from error
     if path.suffix in {f".{PICKLED}", ".pt", ".pth", ".ckpt"}:
         return _read_pickled(path)
     raise ValueError(f"Weights are read from .{SAFE} or .{PICKLED} files, got {path}.")
@@ -106,17 +109,18 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} was refused, because it is no pickle of tensors alone: {_why(path, error)} "
+            f"{path} was refused, because it is no pickle of tensors alone: {why(path, error)} "
             f"Use a .{SAFE} file instead."
         ) from error
     except Exception as error:  # a damaged pickle is a program gone astray: it may raise anything
-        raise CheckpointError(f"{path} is broken: {_why(path, error)}") from error
+        raise CheckpointError(f"{path} is broken: {why(path, error)}") from error
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise CheckpointError(f"{path} must hold a dict of tensors; it holds something else.")
     return dict(content)
 
 
-def _why(path: Path, error: Exception) -> str:
+def why(path: Path, error: Exception) -> str:
+    """In one line, why a file cannot be read."""
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
             return "it is a git-lfs pointer, run `git lfs pull`."
