@@ -86,9 +86,12 @@ def test_the_sheets_show_right_and_wrong_pictures_and_say_which(tmp_path: Path, 
 def test_a_cascade_is_evaluated(tmp_path: Path, folder: Path) -> None:
     """Nothing is replaced here: noise is painted, and nothing is right."""
     arguments = ["--prompts", "4", "--steps", "1", "--batch", "3", "--model", str(folder), "--device", "cpu"]
+    arguments += ["--quantization", "int8"]
     result = CliRunner().invoke(app, ["eval", *arguments, "--json", str(tmp_path / "a.json")])
     assert result.exit_code == 0, result.exception
-    assert json.loads((tmp_path / "a.json").read_text())["total"]["everything"] == {"right": 0, "of": 4, "share": 0.0}
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content["total"]["everything"] == {"right": 0, "of": 4, "share": 0.0}
+    assert content["quantization"] == "int8"
     assert result.stderr.splitlines()[-1].startswith("pictures: 4/4")
 
 

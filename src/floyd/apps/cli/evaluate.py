@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from floyd.apps.cli.generate import Guide, QualityName, Steps
-from floyd.apps.cli.models import Device, Dtype, Models, Quiet, Threads, Variant, hash_of, load, name_of
+from floyd.apps.cli.models import Device, Dtype, Models, Quantization, Quiet, Threads, Variant, hash_of, load, name_of
 from floyd.apps.cli.progress import progress
 from floyd.apps.cli.refusals import refusing
 from floyd.apps.settings import Settings
@@ -68,6 +68,7 @@ def evaluate(
     json_file: JsonFile = None,
     pictures: Pictures = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     device: Device = "auto",
     threads: Threads = None,
     quiet: Quiet = False,
@@ -81,7 +82,8 @@ def evaluate(
         settings = Settings.parsed(steps=steps, guidance=guidance)
         wanted = parsed_sizes(sizes)
         check_paths(json_file, pictures)
-        cascade = load(model, variant=variant, dtype=dtype, device=device, threads=threads, quality=quality)
+        places: dict[str, Any] = {"variant": variant, "dtype": dtype, "device": device, "threads": threads}
+        cascade = load(model, quantization=quantization, quality=quality, **places)
 
         from floyd.apps.evaluate import CascadePainter, Painter, RenderedFirst, check_sizes, prompts, report
         from floyd.apps.evaluate import evaluate as answered
@@ -99,6 +101,7 @@ def evaluate(
         origin = {
             "model": name_of(model), "model_hash": hash_of(model), "variant": variant, "prompts": num_prompts,
             "seed": seed, "rendered": rendered, "quality": quality, "steps": steps, "guidance": guidance,
+            "quantization": quantization,
         }  # fmt: skip
         json_file.write_text(json.dumps({**origin, **result.to_json()}, indent=2) + "\n")
     if pictures is not None:

@@ -32,6 +32,12 @@ Variant = Annotated[
 Dtype = Annotated[
     str | None, typer.Option(help="Precision of the weights: float32, float16 or bfloat16.", show_default="float32")
 ]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep the weights of text encoders and UNets in fewer bits: int8, fp8 or int4.", show_default="no"
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps, cuda:1; auto takes the best there is.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="How many CPU threads to use.", show_default="all cores")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing unless something is wrong.")]
@@ -45,6 +51,7 @@ def load(
     threads: int | None,
     variant: str | None = None,
     quality: str | None = None,
+    quantization: str | None = None,
 ) -> Cascade:
     """Takes seconds: torch and transformers are imported here."""
     from floyd.pipelines.cascade import Cascade
@@ -53,7 +60,7 @@ def load(
     if quality is not None:
         checked(quality)
     prepare(threads)
-    options: dict[str, Any] = {"torch_dtype": dtype, "device_map": device_named(device)}
+    options: dict[str, Any] = {"torch_dtype": dtype, "device_map": device_named(device), "quantization": quantization}
     if not models:
         if variant is not None:
             raise ValueError(f"The built-in checkpoint has no variants, so --variant {variant} needs a --model.")
