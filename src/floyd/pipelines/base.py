@@ -14,6 +14,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from floyd.pipelines.loading import Request, load
+from floyd.pipelines.recalling import Lent, Where
+from floyd.pipelines.recalling import text_cache as _text_cache
 from floyd.runtime.placement import (
     LayerByLayer,
     OneAtATime,
@@ -31,6 +33,7 @@ from floyd.runtime.switches import Switches
 from floyd.store.components import save_component
 from floyd.store.config import Config
 from floyd.store.layout import write_index
+from floyd.text.cache import TextCache
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,7 @@ class DiffusionPipeline:
     config: Config
     _placement: Placement = WhereTheyAre()
     _switches: Switches | None = None
+    text_cache: TextCache | None = None  # of prompts that were read
     _progress_bar: Mapping[str, Any] = MappingProxyType({})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -94,6 +98,7 @@ class DiffusionPipeline:
         local_files_only: bool = False,
         force_download: bool = False,
         quantization: str | Mapping[str, str | None] | None = None,
+        text_cache: Where = None,
         **components: Any,
     ) -> Self:
         """A pipeline from a folder or a hub id.
@@ -103,6 +108,7 @@ class DiffusionPipeline:
         unless given; a mapping of component names to dtypes may hold "default". `device_map` "auto" or "balanced" is
         the machine's best device; a device's name is that device. `quantization`, "int8", "fp8" or "int4", keeps the
         weights of text encoder and UNet in fewer bits from the moment they are read; a mapping says it by component.
+        `text_cache` "memory" or a folder keeps what the text encoder said of a prompt.
         """
         request = Request(
             source=pretrained_model_name_or_path,
@@ -122,7 +128,9 @@ class DiffusionPipeline:
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
             raise ValueError(f"torch_dtype and dtype say the same thing; got {torch_dtype!r} and {dtype!r}.")
         device = device_of_map(device_map)
+        cache = _text_cache(text_cache)
         pipeline: Any = load(request, cls._class_for)
+        pipeline.text_cache = cache
         return pipeline if device is None else pipeline.to(device)
 
     @classmethod
@@ -152,6 +160,7 @@ class DiffusionPipeline:
         pipe.config = pipe.config.from_json({**pipe.config, "_name_or_path": pipeline.name_or_path})
         pipe._place(pipeline._placement)
         pipe._switches = pipeline._switches
+        pipe.text_cache = pipeline.text_cache
         pipe._progress_bar = pipeline._progress_bar
         return pipe
 
@@ -261,6 +270,11 @@ class DiffusionPipeline:
 
     def _modules(self) -> list[tuple[str, nn.Module]]:
         return [(name, module) for name, module in self.components.items() if isinstance(module, nn.Module)]
+
+    def _lent_encoder(self, is_steady: bool) -> Lent:
+        """The text encoder for the length of a call, if there is anything to read."""
+        encoder = self.components["text_encoder"]
+        return Lent(self._placement, encoder, self.text_cache, is_steady=is_steady)
 
     def _device_for(self, *modules: object) -> torch.device:
         """Where the first of these that is present computes."""

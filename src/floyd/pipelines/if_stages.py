@@ -85,11 +85,11 @@ class IFStage(Painter):
 
         `clean_caption` is off here and on in the call, as in the incumbent: encoded here, a prompt is only lower-cased.
         """
-        with self._placement.use(self.text_encoder) as text_encoder, steady(batch_invariant):
+        with self._lent_encoder(batch_invariant) as lent, steady(batch_invariant):
             pair = encode_prompt(
                 prompt,
                 tokenizer=self.tokenizer,
-                text_encoder=text_encoder,
+                text_encoder=lent.encoder,
                 negative_prompt=negative_prompt,
                 prompt_embeds=prompt_embeds,
                 negative_prompt_embeds=negative_prompt_embeds,
@@ -99,6 +99,7 @@ class IFStage(Painter):
                 device=self._device_for(self.unet, self.text_encoder) if device is None else device,
                 unet_dtype=None if self.unet is None else dtype_of(self.unet),
                 one_by_one=batch_invariant,
+                recall=lent.recall,
             )
         return pair.positive, pair.negative
 

@@ -110,11 +110,11 @@ class StableDiffusionUpscalePipeline(Painter):
         scale = 1.0 if lora_scale is None else finite("lora_scale", lora_scale)
         if scale != 1 and not heeds_calls(self.text_encoder):
             log.warning("lora_scale is the strength of LoRA, and none acts on the text encoder: no effect.")
-        with self._placement.use(self.text_encoder) as text_encoder, steady(batch_invariant), call_scale(scale):
+        with self._lent_encoder(batch_invariant) as lent, steady(batch_invariant), call_scale(scale):
             pair = encode_clip_prompt(
                 prompt,
                 tokenizer=self.tokenizer,
-                text_encoder=text_encoder,
+                text_encoder=lent.encoder,
                 negative_prompt=negative_prompt,
                 prompt_embeds=prompt_embeds,
                 negative_prompt_embeds=negative_prompt_embeds,
@@ -124,6 +124,7 @@ class StableDiffusionUpscalePipeline(Painter):
                 device=self._device_for(self.unet, self.text_encoder) if device is None else device,
                 unet_dtype=None if self.unet is None else dtype_of(self.unet),
                 one_by_one=batch_invariant,
+                recall=lent.recall,
             )
         return pair.positive, pair.negative
 

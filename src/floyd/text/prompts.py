@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from floyd.text.cache import Recall
 from floyd.text.checks import Texts, batch_size, check_prompts
 from floyd.text.cleaning import preprocess
 
@@ -73,17 +74,24 @@ def embed(
     max_length: int = T5_TOKENS,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    recall: Recall | None = None,
 ) -> Tensor:
     """T5's states at all `max_length` positions. Only inside T5 is the padding masked: no token attends to it."""
     ids_BL, mask_BL = tokenize(texts, tokenizer, max_length=max_length, encoder_name="T5")
-    place = _place(text_encoder, device)
-    states_BLE: Tensor = text_encoder(ids_BL.to(device=place), attention_mask=mask_BL.to(device=place))[0]
-    if not bool(states_BLE.isfinite().all()):
-        raise ValueError(
-            "T5's states of the prompt are not finite numbers, which would paint nothing but black. Its weights were "
-            "misread (quantized files of an 8bit variant lose their scales), or it overflows in "
-            f"{str(text_encoder.dtype).removeprefix('torch.')}: load the plain or fp16 files, in bfloat16."
-        )
+
+    def compute(ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        encoder = text_encoder if recall is None else recall.bring()
+        place = _place(encoder, device)
+        states_BLE: Tensor = encoder(ids_BL.to(device=place), attention_mask=mask_BL.to(device=place))[0]
+        if not bool(states_BLE.isfinite().all()):
+            raise ValueError(
+                "T5's states of the prompt are not finite numbers, which would paint nothing but black. Its weights "
+                "were misread (quantized files of an 8bit variant lose their scales), or it overflows in "
+                f"{str(text_encoder.dtype).removeprefix('torch.')}: load the plain or fp16 files, in bfloat16."
+            )
+        return states_BLE
+
+    states_BLE = compute(ids_BL, mask_BL) if recall is None else recall.states(text_encoder, ids_BL, mask_BL, compute)
     return states_BLE.to(device=device, dtype=dtype)
 
 
@@ -97,6 +105,7 @@ def embed_clip(
     clip_skip: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    recall: Recall | None = None,
 ) -> Tensor:
     """CLIP's states after its last norm. `clip_skip` leaves out that many of the last layers, but not the norm."""
     config = text_encoder.config
@@ -106,13 +115,22 @@ def embed_clip(
         raise ValueError(f"clip_skip must be in [0, {config.num_hidden_layers}], got {clip_skip}.")
 
     ids_BL, mask_BL = tokenize(texts, tokenizer, max_length=max_length, encoder_name="CLIP")
-    place = _place(text_encoder, device)
-    mask = mask_BL.to(device=place) if getattr(config, "use_attention_mask", False) else None
-    output = text_encoder(ids_BL.to(device=place), attention_mask=mask, output_hidden_states=clip_skip is not None)
-    states_BLE: Tensor = output[0]
-    if clip_skip is not None:
-        inner: Any = getattr(text_encoder, "text_model", text_encoder)  # the norm's home varies with the version
-        states_BLE = inner.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
+
+    def compute(ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        encoder = text_encoder if recall is None else recall.bring()
+        place = _place(encoder, device)
+        mask = mask_BL.to(device=place) if getattr(config, "use_attention_mask", False) else None
+        output = encoder(ids_BL.to(device=place), attention_mask=mask, output_hidden_states=clip_skip is not None)
+        states_BLE: Tensor = output[0]
+        if clip_skip is not None:
+            inner: Any = getattr(encoder, "text_model", encoder)  # the norm's home varies with the version
+            states_BLE = inner.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
+        return states_BLE
+
+    if recall is None:
+        states_BLE = compute(ids_BL, mask_BL)
+    else:
+        states_BLE = recall.states(text_encoder, ids_BL, mask_BL, compute, clip_skip=clip_skip)
     return states_BLE.to(device=device, dtype=dtype)
 
 
@@ -158,16 +176,19 @@ def encode_prompt(
     device: torch.device | str | None = None,
     unet_dtype: torch.dtype | None = None,
     one_by_one: bool = False,
+    recall: Recall | None = None,
 ) -> PromptPair:
     """The T5 embeddings that stages I and II read, a row for each image.
 
     Given or made here, they take the text encoder's dtype; without an encoder `unet_dtype`; else they keep theirs.
     `one_by_one`: the encoder reads each text alone, so that its states do not depend on the others to the last bit.
+    `recall`: texts that were read before are not read again.
     """
 
     def read(texts: list[str], max_length: int = T5_TOKENS) -> Tensor:
         reader = _present(tokenizer, text_encoder)
-        return embed(preprocess(texts, clean_caption=clean_caption), *reader, max_length=max_length, device=device)
+        texts = preprocess(texts, clean_caption=clean_caption)
+        return embed(texts, *reader, max_length=max_length, device=device, recall=recall)
 
     asked = _Asked(
         prompt,
@@ -196,14 +217,17 @@ def encode_clip_prompt(
     device: torch.device | str | None = None,
     unet_dtype: torch.dtype | None = None,
     one_by_one: bool = False,
+    recall: Recall | None = None,
 ) -> PromptPair:
     """The CLIP embeddings that stage III reads. As in the incumbent, `clip_skip` is for the prompt alone."""
 
     def read(texts: list[str]) -> Tensor:
-        return embed_clip(texts, *_present(tokenizer, text_encoder), clip_skip=clip_skip, device=device)
+        reader = _present(tokenizer, text_encoder)
+        return embed_clip(texts, *reader, clip_skip=clip_skip, device=device, recall=recall)
 
     def read_negative(texts: list[str], max_length: int) -> Tensor:
-        return embed_clip(texts, *_present(tokenizer, text_encoder), max_length=max_length, device=device)
+        reader = _present(tokenizer, text_encoder)
+        return embed_clip(texts, *reader, max_length=max_length, device=device, recall=recall)
 
     asked = _Asked(
         prompt,
