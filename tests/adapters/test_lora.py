@@ -26,6 +26,7 @@ from floyd import (
 )
 from floyd.adapters import attached
 from floyd.errors import CheckpointError
+from floyd.text.cache import TextCache
 
 Paint = Callable[..., Tensor]
 
@@ -452,3 +453,21 @@ def test_training_mode_is_the_layers_own(pipe: IFPipeline) -> None:
     assert isinstance(pipe.unet, nn.Module)
     pipe.load_lora_weights(lora_files.peft(made_up(pipe.unet)))
     assert not any(module.training for module in pipe.unet.modules())
+
+
+def test_a_text_cache_does_not_hide_lora_on_the_text_encoder(pipe: IFPipeline) -> None:
+    def said() -> Tensor:
+        text: Tensor = pipe.encode_prompt("a red circle", do_classifier_free_guidance=False)[0]
+        return text
+
+    pipe.text_cache = TextCache()
+    plain = said()
+    pipe.load_lora_weights(lora_files.peft(made_up(pipe.text_encoder, T5_LAYERS), "text_encoder"))
+    adapted = said()
+    differ(adapted, plain)
+    pipe.set_adapters("default_0", 0.5)
+    differ(said(), adapted)
+    pipe.disable_lora()
+    assert torch.equal(said(), plain)
+    pipe.unload_lora_weights()
+    assert torch.equal(said(), plain)

@@ -33,6 +33,7 @@ from floyd.runtime.switches import Switches
 from floyd.store.components import save_component
 from floyd.store.config import Config
 from floyd.store.layout import write_index
+from floyd.store.weights import has_adapters
 from floyd.text.cache import TextCache
 
 log = logging.getLogger(__name__)
@@ -272,9 +273,13 @@ class DiffusionPipeline:
         return [(name, module) for name, module in self.components.items() if isinstance(module, nn.Module)]
 
     def _lent_encoder(self, is_steady: bool) -> Lent:
-        """The text encoder for the length of a call, if there is anything to read."""
+        """The text encoder for the length of a call, if there is anything to read. With LoRA it always reads.
+
+        What LoRA says depends on the call.
+        """
         encoder = self.components["text_encoder"]
-        return Lent(self._placement, encoder, self.text_cache, is_steady=is_steady)
+        is_adapted = isinstance(encoder, nn.Module) and has_adapters(encoder)
+        return Lent(self._placement, encoder, None if is_adapted else self.text_cache, is_steady=is_steady)
 
     def _device_for(self, *modules: object) -> torch.device:
         """Where the first of these that is present computes."""
