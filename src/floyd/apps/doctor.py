@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 from floyd.apps.names import CASCADES
+from floyd.runtime.budget import ram
 from floyd.store.files import told_size
 
 State = Literal["ok", "note", "wrong"]
@@ -229,27 +230,6 @@ def memory() -> Finding:
         advice = f"A picture of 1024 px takes {told_size(DRAWING_BYTES)}: close something, or draw smaller ones."
         return Finding("memory", "note", says, advice, facts=facts)
     return Finding("memory", "ok", says, facts=facts)
-
-
-def ram(root: Path = Path("/")) -> tuple[int | None, int | None]:
-    """In bytes, all and free. A container's own limit counts where there is one."""
-    table = root / "proc/meminfo"
-    if table.is_file():
-        rows = dict(line.split(":", 1) for line in table.read_text().splitlines() if ":" in line)
-        total, free = (int(rows[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
-        limit, used = (_number(root / "sys/fs/cgroup" / name) for name in ("memory.max", "memory.current"))
-        if limit is not None and limit < total:
-            total, free = limit, min(free, limit - (used or 0))
-        return total, free
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), None
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others not these names
-        return None, None
-
-
-def _number(path: Path) -> int | None:
-    text = path.read_text().strip() if path.is_file() else ""
-    return int(text) if text.isdigit() else None
 
 
 def disk() -> Finding:

@@ -38,7 +38,7 @@ class WhereTheyAre:
         if not isinstance(module, nn.Module) or is_settled(module):
             yield module
             return
-        with _shared(module, self, _left_alone):
+        with shared(module, self, _left_alone):
             yield module
 
     def device_of(self, module: object) -> torch.device:
@@ -56,7 +56,7 @@ class OneAtATime:
         if not isinstance(module, nn.Module) or is_settled(module):
             yield module
             return
-        with _shared(module, self, self._visit):
+        with shared(module, self, self._visit):
             yield module
 
     def device_of(self, module: object) -> torch.device:
@@ -65,11 +65,46 @@ class OneAtATime:
     @contextmanager
     def _visit(self, module: nn.Module) -> Iterator[None]:
         home = device_of(module)
+        kept = _Kept.all_of(module)
         try:
             module.to(self.device)
+            for one in kept:
+                one.begin()
             yield
         finally:
-            module.to(home)
+            for one in kept:
+                one.end()
+            module.to(home)  # what was changed or put in its place on the device; the rest is there already
+
+
+class _Kept:
+    """A weight or a buffer that main memory keeps while the device has a copy: going home is to point at it again.
+
+    One that was written to on the device, or replaced, is left to be copied.
+    """
+
+    def __init__(self, rows: dict[str, Any], name: str) -> None:
+        self.rows, self.name, self.tensor = rows, name, rows[name]
+        self.host = None if self.tensor is None else self.tensor.data
+        self.visitor, self.version = self.tensor, -1
+
+    @classmethod
+    def all_of(cls, module: nn.Module) -> list[_Kept]:
+        tables: list[dict[str, Any]] = [t for own in module.modules() for t in (own._parameters, own._buffers)]
+        return [cls(rows, name) for rows in tables for name in rows]
+
+    def begin(self) -> None:
+        self.visitor = self.rows.get(self.name)
+        self.version = -1 if self.visitor is None else self.visitor._version
+
+    def end(self) -> None:
+        now = self.rows.get(self.name)
+        if self.host is None or now is not self.visitor or now is None or now._version != self.version:
+            return
+        if now is self.tensor:
+            now.data = self.host
+        else:  # some devices have tensors of their own kind, and a module that moves there other objects
+            self.rows[self.name] = self.tensor
 
 
 @dataclass(frozen=True)
@@ -83,7 +118,7 @@ class LayerByLayer:
         if not isinstance(module, nn.Module) or is_settled(module):
             yield module
             return
-        with _shared(module, self, self._visit):
+        with shared(module, self, self._visit):
             yield module
 
     def device_of(self, module: object) -> torch.device:
@@ -92,7 +127,7 @@ class LayerByLayer:
     @contextmanager
     def _visit(self, module: nn.Module) -> Iterator[None]:
         home = device_of(module)
-        handles = [module.register_forward_pre_hook(self._bring_inputs, with_kwargs=True, prepend=True)]
+        handles = [module.register_forward_pre_hook(bring_inputs(self.device), with_kwargs=True, prepend=True)]
         try:
             for layer in module.modules():
                 if next(layer.children(), None) is None:
@@ -107,13 +142,20 @@ class LayerByLayer:
                 handle.remove()
             module.to(home)
 
-    def _bring_inputs(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return tuple(self._here(arg) for arg in args), {key: self._here(value) for key, value in kwargs.items()}
-
     def _here(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
+
+
+def bring_inputs(device: torch.device) -> Callable[..., Any]:
+    """A hook for a network whose weights are brought piece by piece: its tensors come along."""
+
+    def here(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    def bring(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return tuple(here(arg) for arg in args), {key: here(value) for key, value in kwargs.items()}
+
+    return bring
 
 
 class _Errand:
@@ -123,17 +165,23 @@ class _Errand:
         self.device, self.home = device, home
         self.lock = Lock()
         self.num_users = 0
+        self.kept: list[_Kept] = []
 
     def bring(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         with self.lock:
             self.num_users += 1
             if self.num_users == 1:
+                self.kept = _Kept.all_of(layer)
                 layer.to(self.device)
+                for one in self.kept:
+                    one.begin()
 
     def take(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         with self.lock:
             self.num_users -= 1
             if self.num_users == 0:
+                for one in self.kept:
+                    one.end()
                 layer.to(self.home)
 
 
@@ -151,7 +199,7 @@ _MOVING = RLock()  # held while weights move, not while they are used; moving ma
 
 
 @contextmanager
-def _shared(
+def shared(
     module: object, plan: Placement, visit: Callable[[nn.Module], AbstractContextManager[None]]
 ) -> Iterator[None]:
     """Within the block the module lies where the plan puts it, for all who use it: a visit begins with the first of

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from floyd.errors import CheckpointError
 from floyd.store import layout, naming
@@ -18,7 +19,7 @@ from floyd.store.layout import INDEX_NAME, ModelIndex
 from floyd.store.source import Source
 from floyd.store.weights import no_such_variant
 
-__all__ = ["Source", "component", "fetch", "file", "names_in", "selected", "snapshot"]
+__all__ = ["Source", "cached_folder", "component", "fetch", "file", "names_in", "selected", "snapshot"]
 
 log = logging.getLogger(__name__)
 
@@ -243,6 +244,18 @@ def _fetch_index(source: Source) -> Path:
     if not (folder / INDEX_NAME).is_file():
         raise absent(source, f"no {INDEX_NAME} there, so no pipeline (a single model is loaded by its class)")
     return folder
+
+
+def cached_folder(path_or_id: str | os.PathLike[str], **options: Any) -> Path | None:
+    """A pipeline's folder as far as it is on this machine: a local one, or the hub's cache. Nothing is asked for."""
+    source = Source(path_or_id, **options)
+    if (local := source.folder()) is not None:
+        return local
+    try:
+        folder = _cached(source)
+    except failures():
+        return None
+    return folder if (folder / INDEX_NAME).is_file() else None
 
 
 def _cached(source: Source) -> Path:

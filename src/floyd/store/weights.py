@@ -41,7 +41,7 @@ def read(
 
 def files(folder: Path, *, variant: str | None, use_safetensors: bool | None) -> list[Path]:
     """The files that together hold the state dict."""
-    return _files_of(folder, find(folder, variant=variant, use_safetensors=use_safetensors))
+    return files_of(folder, find(folder, variant=variant, use_safetensors=use_safetensors))
 
 
 def find(folder: Path, *, variant: str | None, use_safetensors: bool | None) -> WeightSet:
@@ -72,7 +72,7 @@ def no_such_variant(place: str, variant: str, found: Sequence[str]) -> str:
     return f"{place} has no weights of the variant {variant!r}, {there}: pass one of these, or variant=None."
 
 
-def _files_of(folder: Path, found: WeightSet) -> list[Path]:
+def files_of(folder: Path, found: WeightSet) -> list[Path]:
     """Where there is an index, it says which shards count; its names must stay inside the folder."""
     names: Sequence[str] = found.files
     if found.index is not None:
