@@ -39,6 +39,10 @@ class Conditioning:
         parts = [[None] * len(self.text_BLD) if part is None else apart(part) for part in self._parts().values()]
         return [Conditioning(*row) for row in zip(*parts, strict=True)]
 
+    def rows(self, some: slice) -> Conditioning:
+        """That of some of the images."""
+        return Conditioning(*(None if part is None else part[some] for part in self._parts().values()))  # type: ignore[arg-type]
+
     def takes(self, x_BCHW: Tensor) -> Tensor:
         """`x` as the network reads it: with the low-resolution picture behind it, if there is one."""
         if self.low_res_BCHW is None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from floyd.pipelines.loading import Request, load
 from floyd.pipelines.recalling import Lent, Where
 from floyd.pipelines.recalling import text_cache as _text_cache
+from floyd.runtime.budget import Budget
 from floyd.runtime.placement import (
     LayerByLayer,
     OneAtATime,
@@ -27,14 +29,19 @@ from floyd.runtime.placement import (
     is_settled,
     is_spread,
     reachable,
+    rest,
     send,
 )
+from floyd.runtime.sleeping import is_asleep, release, wake
 from floyd.runtime.switches import Switches
 from floyd.store.components import save_component
 from floyd.store.config import Config
 from floyd.store.layout import write_index
 from floyd.store.weights import has_adapters
 from floyd.text.cache import TextCache
+
+if TYPE_CHECKING:
+    from floyd.pipelines.memory import Managed
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +74,7 @@ class DiffusionPipeline:
     _switches: Switches | None = None
     text_cache: TextCache | None = None  # of prompts that were read
     _progress_bar: Mapping[str, Any] = MappingProxyType({})
+    memory: Managed | None = None  # the plan that says where the networks lie
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -100,6 +108,7 @@ class DiffusionPipeline:
         force_download: bool = False,
         quantization: str | Mapping[str, str | None] | None = None,
         text_cache: Where = None,
+        memory: Budget | str | int | None = None,
         **components: Any,
     ) -> Self:
         """A pipeline from a folder or a hub id.
@@ -109,7 +118,9 @@ class DiffusionPipeline:
         unless given; a mapping of component names to dtypes may hold "default". `device_map` "auto" or "balanced" is
         the machine's best device; a device's name is that device. `quantization`, "int8", "fp8" or "int4", keeps the
         weights of text encoder and UNet in fewer bits from the moment they are read; a mapping says it by component.
-        `text_cache` "memory" or a folder keeps what the text encoder said of a prompt.
+        `text_cache` "memory" or a folder keeps what the text encoder said of a prompt. `memory`, "auto", a size such as
+        "8GB" or a Budget, chooses precision, quantization and place of each network by itself, so that a call fits and
+        takes the least time; what is said of precision beside it is kept.
         """
         request = Request(
             source=pretrained_model_name_or_path,
@@ -128,11 +139,27 @@ class DiffusionPipeline:
         )
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
             raise ValueError(f"torch_dtype and dtype say the same thing; got {torch_dtype!r} and {dtype!r}.")
+        if memory is not None:
+            request = cls._planned(request, memory, device_map)
         device = device_of_map(device_map)
         cache = _text_cache(text_cache)
         pipeline: Any = load(request, cls._class_for)
         pipeline.text_cache = cache
         return pipeline if device is None else pipeline.to(device)
+
+    @classmethod
+    def _planned(cls, request: Request, memory: Any, device_map: Any) -> Request:
+        """The request with a plan for its networks, whose files are here from then on."""
+        from floyd.pipelines.memory import Managed, managed_one
+
+        if device_map is not None:
+            raise ValueError("memory= chooses where each network lies, and so does device_map=: leave one out.")
+        if not isinstance(memory, Managed):
+            Budget.of(memory)  # whatever is wrong with it is wrong before anything is fetched
+            absent = {name for name in request.given if name in cls.component_names or cls is DiffusionPipeline}
+            folder = request.folder([n for n in request.components() if n not in absent])
+            memory = managed_one(folder, memory, variant=request.variant, dtype=request.dtype, given=absent)
+        return replace(request, memory=memory)
 
     @classmethod
     def _class_for(cls, class_name: str) -> type[DiffusionPipeline]:
@@ -163,6 +190,7 @@ class DiffusionPipeline:
         pipe._switches = pipeline._switches
         pipe.text_cache = pipeline.text_cache
         pipe._progress_bar = pipeline._progress_bar
+        pipe.memory = pipeline.memory
         return pipe
 
     def save_pretrained(
@@ -175,14 +203,15 @@ class DiffusionPipeline:
         """Write every component into its folder, and the index; diffusers reads the result, too."""
         for name, component in self.components.items():
             if component is not None:
-                save_component(
-                    component,
-                    save_directory,
-                    name,
-                    safe_serialization=safe_serialization,
-                    variant=variant,
-                    max_shard_size="10GB" if max_shard_size is None else max_shard_size,
-                )
+                with WhereTheyAre().use(component):  # one that sleeps is woken for it
+                    save_component(
+                        component,
+                        save_directory,
+                        name,
+                        safe_serialization=safe_serialization,
+                        variant=variant,
+                        max_shard_size="10GB" if max_shard_size is None else max_shard_size,
+                    )
         values = {name: self.config[name] for name in self.value_names}
         write_index(save_directory, type(self).__name__, self.components, values=values)
 
@@ -211,7 +240,9 @@ class DiffusionPipeline:
         if device is not None:
             device = reachable(device)
             self._place(WhereTheyAre())
+            self.memory = None
         for name, module in self._modules():
+            wake(module)
             if is_spread(module):
                 log.info("%s was spread over devices as it was loaded: it stays there, as it is.", name)
             elif getattr(module, "is_quantized", False):
@@ -262,8 +293,10 @@ class DiffusionPipeline:
         if gpu_id is not None:
             target = torch.device(target.type, gpu_id)
         for _, module in self._modules():
+            wake(module)
             if not is_settled(module):
                 module.to("cpu")
+        self.memory = None
         self._place(plan(target))
 
     def _place(self, placement: Placement) -> None:
@@ -285,6 +318,27 @@ class DiffusionPipeline:
         """Where the first of these that is present computes."""
         present = next((module for module in modules if module is not None), None)
         return torch.device("cpu") if present is None else self._placement.device_of(present)
+
+    def manage(self, memory: Managed) -> None:
+        """Let a plan say where the networks lie."""
+        self.memory = memory
+        networks = dict(self._modules())
+        for name, network in networks.items():
+            home = memory.home(name)
+            if not is_asleep(network) and device_of(network) != home and memory.choice(name) is not None:
+                network.to(home)
+        self._place(memory.placement(networks))
+
+    def unload(self) -> None:
+        """Let go of the memory of all networks, the accelerator's and main memory.
+
+        The pipeline stays whole: a network that came from a checkpoint is read from it again when it is next used, as
+        it was loaded. What was given to the constructor is known from nowhere else, and moves to main memory.
+        """
+        for _, module in self._modules():
+            if next(module.parameters(), None) is not None:  # a watermark is a picture, and always at hand
+                rest(module)
+        release()
 
     # -------------------------------------------------------------------------------------------------------- progress
 

@@ -26,6 +26,7 @@ from floyd.pipelines.base import DiffusionPipeline
 from floyd.pipelines.deepfloyd_if import IFPipeline, IFSuperResolutionPipeline
 from floyd.pipelines.events import CascadeResult, Done, Event, StageDone, StageStarted, StepDone
 from floyd.pipelines.finish import Finished
+from floyd.pipelines.memory import Managed, Memory, managed
 from floyd.pipelines.options import (
     ACTIONS,
     Action,
@@ -39,8 +40,13 @@ from floyd.pipelines.options import (
 from floyd.pipelines.painter import Painter
 from floyd.pipelines.qualities import Quality, checked, sampled
 from floyd.pipelines.sizes import Sides, Size, planned
+from floyd.pipelines.sizing import Workload
 from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
 from floyd.pipelines.watching import Interrupts
+from floyd.runtime.budget import Budget
+from floyd.runtime.sleeping import drop_fetched
+from floyd.store.hub import snapshot
+from floyd.store.layout import read_index
 from floyd.store.presets import STAGES, is_cascade, read_presets, stage_folders, write_presets
 from floyd.text.checks import check_prompts
 
@@ -98,6 +104,7 @@ class Cascade:
                 raise TypeError(f"{name} of a cascade is an {allowed}, got a {type(stage).__name__}.")
         self.stages: dict[str, Painter] = dict(zip(STAGES, stages, strict=False))
         self.presets = {name: dict(options) for name, options in (presets or {}).items() if name in self.stages}
+        self.memory: Managed | None = None  # the plan that says where the networks lie
         self._load_text_encoder: Callable[[], Any] | None = None
         self._interrupts = Interrupts()
         for name, options in self.presets.items():
@@ -111,6 +118,8 @@ class Cascade:
         cls,
         *models: str | os.PathLike[str],
         presets: Mapping[str, Mapping[str, Any]] | None = None,
+        memory: Memory | None = None,
+        memory_for: Workload | None = None,
         **options: Any,
     ) -> Self:
         """From a folder that holds stages and perhaps `floyd.json`, or from one to three pipelines' folders or hub ids.
@@ -118,6 +127,10 @@ class Cascade:
         `options` are those of `DiffusionPipeline.from_pretrained`: torch_dtype, variant, device_map, token, ... A given
         text encoder is stage I's; stage II gets none of its own. The safety checker and the watermark of stage I, or
         the given ones, serve all stages.
+
+        `memory`: "auto", a size such as "8GB", or a Budget. Precision, quantization and place of each network are then
+        chosen so that the whole chain fits and takes the least time; `memory_for` says for which call, one picture of
+        the largest size unless told otherwise. `floyd plan` prints the choice.
         """
         if not 1 <= len(models) <= len(STAGES):
             raise ValueError(f"Name one folder of stages or one to {len(STAGES)} pipelines, got {len(models)}.")
@@ -125,24 +138,30 @@ class Cascade:
         if len(models) == 1 and is_cascade(models[0]):
             stored = read_presets(models[0])
             models = tuple(stage_folders(models[0]).values())
-        if own := sorted(set(options) & _OWN):
-            raise TypeError(f"{', '.join(own)} belongs to a single stage: build the stages, and then Cascade(*stages).")
-        first = IFPipeline.from_pretrained(models[0], **options)
+        if foreign := sorted(set(options) & _OWN):
+            raise TypeError(
+                f"{', '.join(foreign)} belongs to a single stage: build the stages, and then Cascade(*stages)."
+            )
+        plan = _planned(models, memory, memory_for, stored if presets is None else presets, options)
+        own: dict[str, dict[str, Any]] = {n: {"memory": plan.stage(n)} if plan else {} for n in STAGES}
+        first = IFPipeline.from_pretrained(models[0], **options, **own["stage_1"])
         shared = {n: c for n, c in first.components.items() if n in _SHARED and (c is not None or n in options)}
         general = {name: option for name, option in options.items() if name not in IFPipeline.component_names}
         stages: list[Painter] = [first]
         if len(models) > 1:
-            without: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
+            without: dict[str, Any] = {"text_encoder": None, "tokenizer": None, **own["stage_2"]}
             stages.append(IFSuperResolutionPipeline.from_pretrained(models[1], **shared, **without, **general))
         if len(models) > 2:
             general.pop("requires_safety_checker", None)
+            general |= own["stage_3"]
             stages.append(DiffusionPipeline.from_pretrained(models[2], **shared, **general))  # type: ignore[arg-type]
         cascade = cls(*stages, presets=stored if presets is None else presets)
+        cascade.memory = plan
 
         def load_text_encoder() -> Any:
             rest = {name: None for name in first.component_names if name != "text_encoder"}
-            again = IFPipeline.from_pretrained(models[0], **{**options, **rest, "requires_safety_checker": False})
-            return again.text_encoder
+            told = {**options, **rest, **own["stage_1"], "requires_safety_checker": False}
+            return IFPipeline.from_pretrained(models[0], **told).text_encoder
 
         cascade._load_text_encoder = load_text_encoder
         return cascade
@@ -195,6 +214,11 @@ class Cascade:
         for stage in self.stages.values():
             stage.to(*args, **kwargs)
         return self
+
+    def unload(self) -> None:
+        """Let go of the memory of all networks: see `DiffusionPipeline.unload`. The next call reads them again."""
+        for stage in self.stages.values():
+            stage.unload()
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         for stage in self.stages.values():
@@ -364,9 +388,11 @@ class Cascade:
         verdicts: list[Finished] = []
         is_whole = True
         with self._interrupts.call() as end:
+            self._fetch_next(plan, None)
             text = self._encoded(plan)
             for name, told in plan.stages.items():
                 stage, before = self.stages[name], verdicts[-1] if verdicts else None
+                self._fetch_next(plan, name)
                 image = {} if before is None else {"image": before.picture_BCHW}
                 own = {"generator": _generators(plan, name), "batch_invariant": plan.batch_invariant}
                 width, height = plan.sizes[name]
@@ -378,7 +404,7 @@ class Cascade:
                 with closing(stage.watch(task)) as moves:
                     for i, move in enumerate(moves):
                         show = partial(stage.preview, move.clean_BCHW, plan.safety, before=before)
-                        yield _step_done(name, i, len(task.steps), move.clean_BCHW, show)
+                        yield _step_done(name, i % len(task.steps), len(task.steps), move.clean_BCHW, show)
                         if end.is_set():
                             break
                 assert move is not None, "a task has at least one step"
@@ -390,8 +416,21 @@ class Cascade:
                 yield StageDone(stage=name, pictures=pictures[name])
                 if end.is_set():
                     break
+        for stage in self.stages.values():
+            drop_fetched(stage.unet)  # an interrupted run has no use for it
         is_interrupted = len(pictures) < len(plan.stages) or not is_whole
         yield Done(result=CascadeResult.of(plan.seeds, pictures, verdicts, is_interrupted=is_interrupted))
+
+    def _fetch_next(self, plan: _Plan, current: str | None) -> None:
+        """Have the next stage's weights read behind the one that is about to work; None is the reading of the text."""
+        if self.memory is None:
+            return
+        names = list(plan.stages)
+        place = -1 if current is None else names.index(current)
+        for name in names[place + 1 : place + 2]:
+            parts = [(f"{name}.{part}", network) for part, network in self.stages[name].components.items()]
+            coming = [row for row in parts if row[0].endswith(("unet", "vae")) or (place >= 0 and "encoder" in row[0])]
+            self.memory.fetch(coming, during="stage_1.text_encoder" if current is None else f"{current}.unet")
 
     def _encoded(self, plan: _Plan) -> tuple[Tensor, Tensor | None]:
         """T5's reading of the prompt, once for all stages and images."""
@@ -428,6 +467,43 @@ class Cascade:
         return {"prompt_embeds": positive_BLE, "negative_prompt_embeds": negative_BLE}
 
 
+def _planned(
+    models: Sequence[str | os.PathLike[str]],
+    memory: Memory | None,
+    workload: Workload | None,
+    presets: Mapping[str, Mapping[str, Any]],
+    options: Mapping[str, Any],
+) -> Managed | None:
+    """The plan that was asked for; the files that it speaks of are on this machine from then on."""
+    if memory is None:
+        if workload is not None:
+            raise ValueError("memory_for= says for which call a plan is made, and none is: pass memory='auto', too.")
+        return None
+    Budget.of(memory)
+    if options.get("device_map") is not None:
+        raise ValueError("memory= chooses where each network lies, and so does device_map=: leave one out.")
+    hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    given = {name for name in options if name in IFPipeline.component_names}
+    folders = []
+    for number, model in enumerate(models):
+        index = read_index(snapshot(model, components=[], **hub))
+        absent = given | ({"text_encoder", "tokenizer"} | set(_SHARED) if number == 1 else set())
+        wanted = [name for name, kind in index.components.items() if kind is not None and name not in absent]
+        folders.append(snapshot(model, components=wanted, **hub))
+    dtype = options.get("torch_dtype", options.get("dtype"))
+    return managed(
+        folders,
+        memory,
+        variant=options.get("variant"),
+        dtype=dtype,
+        given=given,
+        workload=workload,
+        presets=presets,
+        quantization=options.get("quantization"),
+    )
+
+
+_HUB_OPTIONS = "variant use_safetensors revision token cache_dir local_files_only force_download".split()
 _OWN = frozenset({"unet", "scheduler", "image_noising_scheduler", "low_res_scheduler", "vae", "max_noise_level"})
 _SHARED = ("safety_checker", "feature_extractor", "watermarker")
 # Arguments of the stages that are not a caller's to set in `options` or a checkpoint's to set in its presets.

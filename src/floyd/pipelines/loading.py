@@ -6,18 +6,22 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 
 from floyd.runtime.schemes import scheme_named
-from floyd.store.components import load_component
+from floyd.runtime.sleeping import remember
+from floyd.store.components import load_component, shell
 from floyd.store.hub import snapshot
 from floyd.store.layout import ComponentType, ModelIndex, read_index, type_of
 from floyd.store.pretrained import as_dtype
 
 if TYPE_CHECKING:
     from floyd.pipelines.base import DiffusionPipeline
+    from floyd.pipelines.memory import Managed
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ class Request:
     quantization: Quantizations = None
     hub: Mapping[str, Any] = field(default_factory=dict, repr=False)  # holds a token
     given: Mapping[str, Any] = field(default_factory=dict, repr=False)  # components, values, and what nobody knows
+    memory: Managed | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         names = self.dtype.values() if isinstance(self.dtype, Mapping) else [self.dtype]
@@ -58,6 +63,8 @@ class Request:
         )
 
     def dtype_of(self, component: str) -> torch.dtype | str | None:
+        if self.memory is not None and (planned := self.memory.dtype_of(component)) is not None:
+            return planned
         if isinstance(self.dtype, Mapping):
             return self.dtype.get(component, self.dtype.get("default"))
         return self.dtype
@@ -79,6 +86,26 @@ class Request:
             if name is not None:
                 scheme_named(name)
 
+    def components(self) -> list[str]:
+        """All that the checkpoint has."""
+        return [name for name, kind in read_index(self.folder([])).components.items() if kind is not None]
+
+    def component(self, folder: Any, name: str, kind: ComponentType) -> Any:
+        """Loaded, or told where its weights are to be read when it is used."""
+        options: dict[str, Any] = {"variant": self.variant, "use_safetensors": self.use_safetensors}
+        planned = None if self.memory is None else self.memory.quantization_of(name)
+        options["quantization"] = planned or self.quantization_of(name)
+        dtype = self.dtype_of(name)
+        read = partial(load_component, folder, name, kind.library, kind.class_name, torch_dtype=dtype, **options)
+        naps = self.memory is not None and self.memory.naps(name)
+        component = shell(folder, name, *kind, torch_dtype=dtype) if naps else read()
+        if isinstance(component, nn.Module):
+            home = torch.device("cpu") if self.memory is None else self.memory.home(name)
+            if home.type != "cpu":
+                component.to(home)
+            remember(component, read, naps=naps, is_asleep=naps, home=home)
+        return component
+
 
 def load(request: Request, choose: Callable[[str], type[P]]) -> P:
     """Build the chosen class from the checkpoint's components and the given ones."""
@@ -95,21 +122,14 @@ def load(request: Request, choose: Callable[[str], type[P]]) -> P:
     kinds = _to_load(request, index, cls)
     folder = request.folder(list(kinds))
     components = dict.fromkeys(cls.component_names) | {
-        name: load_component(
-            folder,
-            name,
-            *kind,
-            variant=request.variant,
-            torch_dtype=request.dtype_of(name),
-            use_safetensors=request.use_safetensors,
-            quantization=request.quantization_of(name),
-        )
-        for name, kind in kinds.items()
+        name: request.component(folder, name, kind) for name, kind in kinds.items()
     }
     values = {name: index.values[name] for name in cls.value_names if name in index.values}
     given = {name: value for name, value in request.given.items() if name in known}
     pipeline = cls(**{**components, **values, **given})
     pipeline.config = pipeline.config.from_json({**pipeline.config, "_name_or_path": os.fspath(request.source)})
+    if request.memory is not None:
+        pipeline.manage(request.memory)
     return pipeline
 
 

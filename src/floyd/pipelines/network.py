@@ -51,8 +51,14 @@ class Networks:
             rewrites = replace(rewrites, pack_convolutions=False)  # the compiler lays weights out itself
         return replace(self, ready=uncompiled(self.unet).ready(rewrites))
 
-    def told(self, told: Conditioning) -> Network:
-        """The network for one conditioning, which it reads now."""
+    def told(self, told: Conditioning, max_rows: int | None = None) -> Network:
+        """The network for one conditioning, which it reads now, with at most `max_rows` rows at once."""
+        if max_rows is not None and len(told.text_BLD) > max_rows:
+            rows = [slice(first, first + max_rows) for first in range(0, len(told.text_BLD), max_rows)]
+            calls = [self.told(told.rows(some)) for some in rows]
+            return lambda x_KCHW, t, joined: torch.cat(
+                [call(x_KCHW[some], t, joined.rows(some)) for call, some in zip(calls, rows, strict=True)]
+            )
         dtype = dtype_of(self.unet, told.text_BLD.dtype)
         if not (is_ours(self.unet) and self.switches.read_once):
             return _Whole(self, told.text_BLD.to(dtype), told.noise_level_B, dtype)

@@ -28,6 +28,7 @@ from floyd.pipelines.apart import Apart, each, predictor, steady
 from floyd.pipelines.finish import Finished, Judge
 from floyd.pipelines.keeping import Kept
 from floyd.pipelines.lora import LoraPipeline
+from floyd.pipelines.memory import Managed, first_line, make_room, restore, second_try, states_of
 from floyd.pipelines.network import Networks, is_ours
 from floyd.pipelines.options import Action, Options, StageOptions, with_defaults
 from floyd.pipelines.watching import Interrupts, Watcher
@@ -85,10 +86,14 @@ class Chain:
 
 
 class Painter(LoraPipeline):
-    """A pipeline whose call is one stage: text and canvas in, pictures out."""
+    """A pipeline whose call is one stage: text and canvas in, pictures out.
+
+    `max_rows` is how many rows of a batch the UNet is given at once, a picture with guidance being two; None is all.
+    """
 
     draws_low_res_first: ClassVar[bool] = False  # the order of the draws is part of what a seed means
     more_output_types: ClassVar[tuple[str, ...]] = ()
+    max_rows: int | None = None
 
     unet: Any
     scheduler: Any
@@ -114,7 +119,19 @@ class Painter(LoraPipeline):
 
     def watch(self, task: Task) -> Generator[Moved]:
         """Paint, one step at a time; closing the iterator stops. The last `x_BCHW` is for `finished`."""
-        with self._interrupts.call() as end, self._placement.use(self.unet) as unet:
+        with self._interrupts.call() as end:
+            states = states_of(task.options.generator)
+            try:
+                yield from self._watched(task, end)
+                return
+            except torch.OutOfMemoryError as error:
+                told = first_line(error)
+            make_room(self, told)
+            restore(task.options.generator, states)
+            yield from self._watched(task, end)  # from the first step on
+
+    def _watched(self, task: Task, end: Event) -> Iterator[Moved]:
+        with self._placement.use(self.unet) as unet:
             for moved in self._chain(task, unet).moves():
                 yield moved
                 if end.is_set():
@@ -133,9 +150,13 @@ class Painter(LoraPipeline):
 
         `before`: the same pictures before they were enlarged; what was unsafe then is treated as unsafe now.
         """
-        pixels_BCHW = each(self.decode, x_BCHW) if batch_invariant else self.decode(x_BCHW)
-        with steady(batch_invariant):
-            return self._judge(one_by_one=batch_invariant).look(pixels_BCHW, safety, before=before)
+
+        def finish() -> Finished:
+            pixels_BCHW = each(self.decode, x_BCHW) if batch_invariant else self.decode(x_BCHW)
+            with steady(batch_invariant):
+                return self._judge(one_by_one=batch_invariant).look(pixels_BCHW, safety, before=before)
+
+        return second_try(self, finish)
 
     @torch.no_grad()
     def preview(self, clean_BCHW: Tensor, safety: Action = "black", *, before: Finished | None = None) -> list[Image]:
@@ -168,7 +189,7 @@ class Painter(LoraPipeline):
         """A call but for its end."""
         with self._interrupts.call() as end, steady(arguments["batch_invariant"] is True):
             task = self._task(arguments)
-            return task, self._denoised(task, end)
+            return task, second_try(self, lambda: self._denoised(task, end), generators=task.options.generator)
 
     def _denoised(self, task: Task, end: Event) -> Tensor:
         with self._placement.use(self.unet) as unet, self.progress_bar(total=len(task.steps)) as bar:
@@ -198,11 +219,23 @@ class Painter(LoraPipeline):
             guidance = Guidance.classifier_free(positive, negative, task.options.guidance_scale)
             if is_apart:
                 return predictor(guidance, networks.told)
-            return guidance.predictor(networks.told(guidance.joined))
+            return guidance.predictor(networks.told(guidance.joined, self.max_rows))
 
         sampler = Apart.of(task.sampler, len(x_BCHW)) if is_apart else task.sampler
         sampler = repainting(sampler, task.canvas)
         return Chain(x_BCHW, predict_for(task.text), sampler, task.steps, task.canvas, noise, predict_for)
+
+    def manage(self, memory: Managed) -> None:
+        super().manage(memory)
+        choice = memory.choice("unet")
+        self.max_rows = None if choice is None else choice.max_rows
+
+    def use_less(self) -> None:
+        """After memory ran out: what the plan says now, and where there is none the smallest pieces."""
+        if self.memory is not None:
+            self.manage(self.memory)
+        else:
+            self.max_rows = 1
 
     def _judge(self, *, one_by_one: bool = False) -> Judge:
         return Judge(self.safety_checker, self.feature_extractor, self.watermarker, self._placement, one_by_one)

@@ -33,6 +33,13 @@ TILES = (128, 64, 32)  # sides of a tile of latents; a quarter of it overlaps th
 TILE_OVERLAP = 0.25
 
 
+# Layers that quantization leaves as they are: small ones on which everything hangs, and tables.
+_KEPT_WHOLE = frozenset(
+    "conv_in conv_out time_embedding class_embedding shared embed_tokens relative_attention_bias token_embedding "
+    "position_embedding patch_embedding".split()
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """The call that a plan is made for."""
@@ -269,6 +276,6 @@ def _weights(one: Described) -> Iterator[Weight]:
     for tensor in one.tensors:
         if tensor.name == "encoder.embed_tokens.weight" and "shared.weight" in names:
             continue  # the same table
-        unit, _, _ = tensor.name.rpartition(".")
-        is_table = "embedding" in tensor.name or unit in ("shared", "encoder.embed_tokens")
-        yield Weight(unit, tensor.shape, not is_table or "time_embedding" in unit, is_t5 and ".wo." in tensor.name)
+        unit, _, last = tensor.name.rpartition(".")
+        packs = last == "weight" and len(tensor.shape) in (2, 4) and not _KEPT_WHOLE.intersection(unit.split("."))
+        yield Weight(unit, tensor.shape, packs, is_t5 and ".wo." in tensor.name)

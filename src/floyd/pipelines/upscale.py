@@ -34,6 +34,7 @@ from floyd.pipelines.options import (
 from floyd.pipelines.output import StableDiffusionPipelineOutput
 from floyd.pipelines.painter import LowRes, Painter, Task
 from floyd.pipelines.pictures import pictures
+from floyd.runtime.sleeping import wake
 from floyd.text.prompts import PromptPair, clip_tokens, encode_clip_prompt
 
 if TYPE_CHECKING:
@@ -181,6 +182,8 @@ class StableDiffusionUpscalePipeline(Painter):
         """Latents to pixels, [-1, 1] and a little beyond. A VAE that overflows in float16 works in float32."""
         self._need("vae")
         overflows = dtype_of(self.vae) == torch.float16 and self.vae.config.force_upcast
+        if overflows:
+            wake(self.vae)
         vae = deepcopy(self.vae).float() if overflows else self.vae  # the component itself never changes
         with self._placement.use(vae) as ready:
             z_BZhw = (x_BZhw / SCALING_FACTOR).to(self._placement.device_of(ready), dtype_of(ready))

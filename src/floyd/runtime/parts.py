@@ -13,12 +13,12 @@ from math import prod
 from typing import NamedTuple
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_GROUP = 64  # weights that share a scale in 4 bits
+_GROUP = 32  # weights that share a scale in 4 bits
 
 
 def bytes_of(shape: tuple[int, ...], dtype: str, quantization: str | None = None) -> int:
-    """A weight at rest. Quantized, a matrix keeps a float32 scale for each of its rows (int8) or a float16 one for
-    every 64 weights (int4); whatever has fewer than two axes stays as it is."""
+    """A weight at rest. Quantized, a matrix keeps a float32 scale for each of its rows (int8) or a 16-bit one for every
+    32 weights (int4); whatever has fewer than two axes stays as it is."""
     count = prod(shape)
     if quantization is None or len(shape) < 2:
         return count * ITEM_BYTES[dtype]

@@ -5,7 +5,7 @@ Calls at the same time share what they use: the first brings it, the last takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from floyd.runtime.sleeping import after_use, can_sleep, home_of, put_to_sleep, wake
 
 M = TypeVar("M")
 
@@ -210,6 +212,7 @@ def shared(
     with _MOVING:
         stay = _STAYS.get(module)
         if stay is None:
+            wake(module)
             stay = _Stay(plan, visit(module))
             stay.visit.__enter__()
             _STAYS[module] = stay
@@ -227,6 +230,21 @@ def shared(
             if stay.num_users == 0:
                 del _STAYS[module]
                 stay.visit.__exit__(None, None, None)
+                after_use(module)
+
+
+def rest(module: nn.Module) -> None:
+    """Its weights leave memory until they are used again; those of which nobody knows where to read them stay in main
+    memory."""
+    with _MOVING:
+        if module in _STAYS:
+            raise RuntimeError(
+                f"A {type(module).__name__} is in use and cannot be unloaded: wait for the call, or end it."
+            )
+        if can_sleep(module):
+            put_to_sleep(module)
+        elif not is_settled(module):
+            module.to("cpu")
 
 
 @contextmanager
@@ -250,6 +268,8 @@ def device_of(module: object) -> torch.device:
         spread: Any = module
         return next((torch.device(d) for d in spread.hf_device_map.values() if d not in ("cpu", "disk")), _CPU)
     if isinstance(module, nn.Module):
+        if (home := home_of(module)) is not None:
+            return home
         for tensor in (*module.parameters(), *module.buffers()):
             return tensor.device
     device = getattr(module, "device", None)
@@ -293,3 +313,36 @@ def reachable(device: torch.device | str | int) -> torch.device:
             f"This machine cannot compute on {str(device)!r}: torch {torch.__version__} finds {here} here. Name one of "
             "these, or leave the choice to 'auto'."
         ) from error
+
+
+@dataclass(frozen=True)
+class Stays:
+    """A network lies on a device for good: only one that sleeps has to be brought there, by those who know how to wake
+    it."""
+
+    device: torch.device
+
+    @contextmanager
+    def use(self, module: M) -> Iterator[M]:
+        with shared(module, self, _left_alone):
+            yield module
+
+    def device_of(self, module: object) -> torch.device:
+        return self.device if isinstance(module, nn.Module) else device_of(module)
+
+
+@dataclass(frozen=True, eq=False)
+class Assigned:
+    """Each network has a placement of its own."""
+
+    general: Placement
+    own: Mapping[nn.Module, Placement]
+
+    def of(self, module: object) -> Placement:
+        return self.own.get(module, self.general) if isinstance(module, nn.Module) else self.general
+
+    def use(self, module: M) -> AbstractContextManager[M]:
+        return self.of(module).use(module)
+
+    def device_of(self, module: object) -> torch.device:
+        return self.of(module).device_of(module)

@@ -27,6 +27,7 @@ CARD_WORKSPACE = 200_000_000  # what libraries take for themselves: not measured
 PROCESS_BYTES = 500_000_000  # Python, torch and transformers: measured, without a card
 CARD_PROCESS_BYTES = 1_500_000_000  # the same with a card's driver: not measured
 _UNHIDDEN = 0.1  # of what comes to the card, before there is anything to compute: assumed
+CPU_HALF = 1.1  # 16 bits on a CPU: some are faster with them and many slower, so they are chosen for space alone
 CPU_WORKING = 1.5  # on a CPU, convolutions repack their input and output: measured
 
 
@@ -39,6 +40,8 @@ class Choice:
     precision: Precision
     num_bytes: int  # of its weights
     resident_bytes: int  # of these on the card while it works; for "cpu" in main memory
+    room_bytes: int  # what they may take there
+    max_rows: int  # of a batch at once: as many as the budget allows
     is_kept: bool  # between calls; else its weights are read from disk each time
     way: Way
     peak_bytes: int  # on the card while it works, what stays of others included; for "cpu" in main memory
@@ -64,6 +67,11 @@ class Plan:
     @property
     def vram_peak(self) -> int:
         return max(self.vram_peaks, default=0)
+
+    @property
+    def base_bytes(self) -> int:
+        """Main memory without any network."""
+        return CARD_PROCESS_BYTES if self.vram_peaks else PROCESS_BYTES
 
     @property
     def seconds(self) -> float:
@@ -270,6 +278,8 @@ class _Search:
             precision=precision,
             num_bytes=size,
             resident_bytes=size,
+            room_bytes=size,
+            max_rows=self._rows(way, precision, self.ram - self.base - size - work),
             is_kept=True,
             way=way,
             peak_bytes=self.base + size + work,
@@ -292,6 +302,8 @@ class _Search:
             precision=precision,
             num_bytes=size,
             resident_bytes=size,
+            room_bytes=size,
+            max_rows=self._rows(way, precision, self.vram - peak),
             is_kept=True,
             way=way,
             peak_bytes=peak,
@@ -321,6 +333,8 @@ class _Search:
             precision=precision,
             num_bytes=size,
             resident_bytes=own,
+            room_bytes=room,
+            max_rows=self._rows(way, precision, 0 if slot_bytes else room - size),
             is_kept=True,
             way=way,
             peak_bytes=resident + working + (room if slot_bytes else size),
@@ -337,6 +351,12 @@ class _Search:
         choice = replace(option.choice, is_kept=False, seconds=seconds, why=why)
         return _Option(seconds, 0, option.passing_bytes + size, choice)
 
+    def _rows(self, way: Way, precision: Precision, left: int) -> int:
+        """As many as fit: those of the call, and more for a later one with more pictures."""
+        rows = way.rows or 1
+        more = max(0, left) / max(1.0, way.numbers / rows * ITEM_BYTES[precision.dtype])
+        return rows + int(min(more, 10_000))
+
     def _working_bytes(self, part: Part, precision: Precision, way: Way) -> int:
         own = way.numbers * ITEM_BYTES[precision.dtype] * (1 if self.has_card else CPU_WORKING)
         workspace = CARD_WORKSPACE if self.has_card else 0
@@ -346,6 +366,8 @@ class _Search:
         """All steps: arithmetic, or the reading of the weights where that takes longer; and unpacking them."""
         size, bandwidth = part.num_bytes(precision), self.machine.memory_bytes
         one = max(way.flops / self.machine.flops, way.chunks * size / bandwidth)
+        if not self.has_card and precision.dtype != "float32":
+            one *= CPU_HALF
         if precision.quantization is not None:
             one += way.chunks * part.num_weights * 4 / bandwidth
         return part.passes * one

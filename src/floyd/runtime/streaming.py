@@ -95,7 +95,7 @@ class _Tensor:
         self.tensor.data = self.view(at)
 
     def lies_in(self, host: Tensor) -> bool:
-        return self.tensor.data_ptr() == host.data_ptr() + self.offset
+        return self.tensor.numel() == 0 or self.tensor.data_ptr() == host.data_ptr() + self.offset
 
     def view(self, at: Tensor) -> Tensor:
         end = self.offset + self.tensor.numel() * self.tensor.element_size()

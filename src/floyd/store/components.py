@@ -49,6 +49,22 @@ def load_component(
     return _load_transformer(cls, path, used, as_dtype(torch_dtype), use_safetensors, quantization)
 
 
+def shell(
+    folder: str | os.PathLike[str], name: str, library: str, class_name: str, *, torch_dtype: torch.dtype | str | None
+) -> torch.nn.Module | None:
+    """The network in `folder/name` as its configuration describes it, without weights; None for what is no network."""
+    if not layout.has_weights(layout.ComponentType(library, class_name)):
+        return None
+    cls: Any = layout.resolve(library, class_name)
+    path, dtype = Path(folder) / name, as_dtype(torch_dtype)
+    with parameters_on_meta():
+        if issubclass(cls, Model):
+            network: torch.nn.Module = cls.from_config(cls.load_config(path))
+        else:
+            network = cls(cls.config_class.from_pretrained(path, local_files_only=True))
+    return network.to(dtype).eval()
+
+
 def save_component(
     component: Any,
     folder: str | os.PathLike[str],
