@@ -44,12 +44,24 @@ class Live(TorchDispatchMode):
 
 
 @contextmanager
-def counted() -> Iterator[tuple[Live, FlopCounterMode]]:
-    """Attention as fused kernels have it: no table of scores, and not counted among the operations."""
-    fused = mock.patch.object(F, "scaled_dot_product_attention", _fused)
-    with torch.no_grad(), fused, FlopCounterMode(display=False) as flops, Live() as live:
-        yield live, flops
+def counted() -> Iterator[tuple[Live, Counter]]:
+    """Attention as fused kernels have it: no table of scores is ever held."""
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, Live() as live:
+        counter = Counter(flops)
+        with mock.patch.object(F, "scaled_dot_product_attention", counter.fused):
+            yield live, counter
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    return torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+class Counter:
+    """Operations, those of attention among them."""
+
+    def __init__(self, flops: FlopCounterMode) -> None:
+        self.others, self.of_attention = flops, 0
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        self.of_attention += 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]
+        return torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+
+    @property
+    def total(self) -> int:
+        return self.others.get_total_flops() + self.of_attention

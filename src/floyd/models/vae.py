@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from floyd.errors import ConfigError
+from floyd.models.tiling import tiled
 from floyd.nn.autoencoder import ACTIVATIONS, EPS, DownEncoderBlock, MiddleBlock, UpDecoderBlock
 from floyd.store.config import Config
 from floyd.store.pretrained import Model
@@ -159,6 +160,8 @@ class AutoencoderKL(Model):
 
     config_class = AutoencoderKLConfig
     config: AutoencoderKLConfig
+    tile_side: int | None = None  # latents on a side of a tile that is decoded at once; None: the whole picture
+    is_sliced: bool = False  # one image at a time
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__(**keywords)
@@ -190,8 +193,33 @@ class AutoencoderKL(Model):
 
     def decode(self, z_BZhw: Tensor, *, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         self._check(z_BZhw, "latents", self.config.latent_channels, multiple=1)
-        x_BCHW = self.decoder(self.post_quant_conv(z_BZhw))
+        if self.is_sliced and len(z_BZhw) > 1:
+            x_BCHW = torch.cat([self._decoded(z_1Zhw) for z_1Zhw in z_BZhw.split(1)])
+        else:
+            x_BCHW = self._decoded(z_BZhw)
         return DecoderOutput(x_BCHW) if return_dict else (x_BCHW,)
+
+    def _decoded(self, z_BZhw: Tensor) -> Tensor:
+        if self.tile_side is None or max(z_BZhw.shape[-2:]) <= self.tile_side:
+            return self._decoded_whole(z_BZhw)
+        return tiled(self._decoded_whole, z_BZhw, side=self.tile_side, factor=self.compression)
+
+    def _decoded_whole(self, z_BZhw: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z_BZhw))
+
+    def enable_tiling(self, use_tiling: bool = True, *, side: int = 128) -> None:
+        """Decode larger pictures in tiles of `side` latents: with less memory, and colours that drift a little."""
+        self.tile_side = side if use_tiling else None
+
+    def disable_tiling(self) -> None:
+        self.tile_side = None
+
+    def enable_slicing(self) -> None:
+        """Decode one image of a batch at a time: the same pictures, with the memory of one."""
+        self.is_sliced = True
+
+    def disable_slicing(self) -> None:
+        self.is_sliced = False
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """Attention between the pixels of a feature map and a text.
 
-B images  C channels  H height  W width  P pixels (H*W)  L text tokens  M all keys  D text width  N heads  K head width
+B images  C channels  H height  W width  P pixels (H*W)  R some of them  L text tokens  M all keys  D text width
+N heads  K head width
 
 A layer reads the text once (`read`): its keys and values depend on the prompt alone and serve every step.
 """
@@ -36,11 +37,32 @@ def merge_heads(x_BNMK: Tensor) -> Tensor:
 def attended(q_BNPK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor, bias_B11L: Tensor | None = None) -> Tensor:
     """softmax(q k / sqrt(K) + bias) v. In training on the CPU written out, which goes back 1.3 times as fast."""
     if q_BNPK.device.type != "cpu" or not (torch.is_grad_enabled() and q_BNPK.requires_grad):
-        return F.scaled_dot_product_attention(q_BNPK, k_BNMK, v_BNMK, attn_mask=bias_B11L)
+        return fitting(q_BNPK, k_BNMK, v_BNMK, bias_B11L)
     score_BNPM = (q_BNPK @ k_BNMK.transpose(-1, -2)) * q_BNPK.shape[-1] ** -0.5
     if bias_B11L is not None:
         score_BNPM = score_BNPM + bias_B11L
     return score_BNPM.softmax(-1).to(v_BNMK.dtype) @ v_BNMK
+
+
+# Devices whose attention writes the whole table of scores down; the others' kernels never hold it.
+_WRITES_SCORES = frozenset({"mps"})
+_MOST_SCORES = 2**28  # a gigabyte in float32
+
+
+def fitting(
+    q_BNPK: Tensor, k_BNMK: Tensor, v_BNMK: Tensor, bias_B11L: Tensor | None = None, *, most: int | None = None
+) -> Tensor:
+    """Attention with at most so many scores at once: some pixels after the others, which is exact, as each looks for
+    itself. No limit where scores are never written down."""
+    if most is None and q_BNPK.device.type not in _WRITES_SCORES:
+        return F.scaled_dot_product_attention(q_BNPK, k_BNMK, v_BNMK, attn_mask=bias_B11L)
+    batch, heads, pixels, _ = q_BNPK.shape
+    at_once = max(1, (most or _MOST_SCORES) // (batch * heads * k_BNMK.shape[2]))
+    parts = [
+        F.scaled_dot_product_attention(q_BNRK, k_BNMK, v_BNMK, attn_mask=bias_B11L)
+        for q_BNRK in q_BNPK.split(at_once, dim=2)
+    ]
+    return parts[0] if pixels <= at_once else torch.cat(parts, dim=2)
 
 
 class AddedKVAttention(nn.Module):

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from floyd.nn.attention import fitting
+
 EPS = 1e-6
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -58,7 +60,7 @@ class PixelAttention(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_B1LC = self.group_norm(x_BCHW).flatten(2).transpose(1, 2).unsqueeze(1)
-        seen_B1LC = F.scaled_dot_product_attention(self.to_q(x_B1LC), self.to_k(x_B1LC), self.to_v(x_B1LC))
+        seen_B1LC = fitting(self.to_q(x_B1LC), self.to_k(x_B1LC), self.to_v(x_B1LC))
         return x_BCHW + self.to_out[0](seen_B1LC).squeeze(1).transpose(1, 2).reshape(x_BCHW.shape)
 
 

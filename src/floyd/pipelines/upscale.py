@@ -19,8 +19,10 @@ from torch import Generator, Tensor
 from floyd.adapters.attached import heeds_calls
 from floyd.adapters.calls import call_scale
 from floyd.diffusion.canvas import Canvas
+from floyd.models.vae import AutoencoderKL
 from floyd.pipelines.apart import steady
 from floyd.pipelines.finish import Finished
+from floyd.pipelines.memory import Managed
 from floyd.pipelines.options import (
     Action,
     Options,
@@ -176,6 +178,36 @@ class StableDiffusionUpscalePipeline(Painter):
                 watermark_scores=done.watermark_scores,
             )
         return output if options.return_dict else (output.images, output.nsfw_content_detected)
+
+    def enable_vae_tiling(self, *, side: int = 128) -> None:
+        """Decode large pictures in overlapping tiles of `side` latents, four times as many pixels."""
+        self._need("vae")
+        self.vae.enable_tiling(side=side)
+
+    def disable_vae_tiling(self) -> None:
+        self._need("vae")
+        self.vae.disable_tiling()
+
+    def enable_vae_slicing(self) -> None:
+        """Decode one picture of a batch at a time."""
+        self._need("vae")
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        self._need("vae")
+        self.vae.disable_slicing()
+
+    def manage(self, memory: Managed) -> None:
+        super().manage(memory)
+        choice = memory.choice("vae")
+        if choice is not None and self.vae is not None:
+            self.vae.tile_side, self.vae.is_sliced = choice.way.tile, choice.max_rows == 1
+
+    def use_less(self) -> None:
+        super().use_less()
+        if self.memory is None and isinstance(self.vae, AutoencoderKL):
+            self.vae.is_sliced = True
+            self.vae.tile_side = min(self.vae.tile_side or 128, 128)
 
     @torch.no_grad()
     def decode(self, x_BZhw: Tensor) -> Tensor:

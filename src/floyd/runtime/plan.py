@@ -24,11 +24,11 @@ Place = Literal["card", "visits", "streamed", "cpu"]
 
 # Beside weights and the tensors of the formulas, in bytes.
 CARD_WORKSPACE = 200_000_000  # what libraries take for themselves: not measured
-PROCESS_BYTES = 500_000_000  # Python, torch and transformers: measured, without a card
+PROCESS_BYTES = 460_000_000  # Python, torch and transformers: measured, without a card
 CARD_PROCESS_BYTES = 1_500_000_000  # the same with a card's driver: not measured
 _UNHIDDEN = 0.1  # of what comes to the card, before there is anything to compute: assumed
 CPU_HALF = 1.1  # 16 bits on a CPU: some are faster with them and many slower, so they are chosen for space alone
-CPU_WORKING = 1.5  # on a CPU, convolutions repack their input and output: measured
+CPU_WORKING = 1.5  # on a CPU, convolutions repack their input and output, and the weight that they use: measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,7 +359,7 @@ class _Search:
 
     def _working_bytes(self, part: Part, precision: Precision, way: Way) -> int:
         own = way.numbers * ITEM_BYTES[precision.dtype] * (1 if self.has_card else CPU_WORKING)
-        workspace = CARD_WORKSPACE if self.has_card else 0
+        workspace = CARD_WORKSPACE if self.has_card else max(part.units(precision))
         return int(own) + part.unpacked_bytes(precision) + part.held_bytes + workspace
 
     def _computing(self, part: Part, precision: Precision, way: Way) -> float:

@@ -1,4 +1,5 @@
-"""`floyd generate`, `floyd info`, `floyd judge`, `floyd eval`, `floyd train-mini`, `floyd download`, `floyd doctor`.
+"""`floyd generate`, `floyd info`, `floyd judge`, `floyd eval`, `floyd train-mini`, `floyd download`, `floyd plan`,
+`floyd doctor`.
 
 Whatever takes time to import (torch, transformers, PIL, numpy) is imported by the command that needs it: help is
 immediate.
@@ -15,6 +16,7 @@ from floyd.apps.cli.download import download
 from floyd.apps.cli.evaluate import evaluate
 from floyd.apps.cli.generate import generate
 from floyd.apps.cli.info import info, judge
+from floyd.apps.cli.plan import plan
 from floyd.apps.cli.refusals import Commands
 from floyd.apps.cli.train import train_mini
 
@@ -31,6 +33,7 @@ app.command("judge")(judge)
 app.command("eval")(evaluate)
 app.command("train-mini")(train_mini)
 app.command("download")(download)
+app.command("plan")(plan)
 app.command("doctor")(doctor)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from floyd.apps.cli.models import Device, Dtype, Models, Quiet, Threads, Variant, hash_of, load, name_of
+from floyd.apps.cli.models import Device, Dtype, Models, Quiet, Ram, Threads, Variant, Vram, hash_of, load, name_of
 from floyd.apps.cli.progress import Bars, progress
 from floyd.apps.cli.refusals import refusing
 from floyd.apps.settings import Settings, merged
@@ -98,6 +98,8 @@ def generate(
     variant: Variant = None,
     dtype: Dtype = None,
     device: Device = "auto",
+    vram: Vram = None,
+    ram: Ram = None,
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
@@ -111,7 +113,18 @@ def generate(
         files = Files.checked(output, count, stages_dir)
         settings = Settings.parsed(steps=steps, guidance=guidance)
         wanted = parsed_size(size)
-        cascade = load(model, variant=variant, dtype=dtype, device=device, threads=threads, quality=quality)
+        cascade = load(
+            model,
+            variant=variant,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            quality=quality,
+            vram=vram,
+            ram=ram,
+            size=wanted,
+            count=min(batch, count),
+        )
         sizes = {name: written(sides, cascade.sizes[name]) for name, sides in cascade.sizes_for(wanted).items()}
         options = settings.options(list(sizes))
         calls = [

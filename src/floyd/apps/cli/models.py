@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +39,19 @@ Quantization = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps, cuda:1; auto takes the best there is.")]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE|auto",
+        help="How much of the card's memory to use, as in 8GB: precision and place of each network are chosen so that "
+        "it fits. auto is what is free.",
+        show_default="no plan",
+    ),
+]
+Ram = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE|auto", help="How much main memory to use, likewise.", show_default="what is free"),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="How many CPU threads to use.", show_default="all cores")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing unless something is wrong.")]
 
@@ -52,15 +65,30 @@ def load(
     variant: str | None = None,
     quality: str | None = None,
     quantization: str | None = None,
+    vram: str | None = None,
+    ram: str | None = None,
+    size: int | tuple[int, int] | None = None,
+    count: int = 1,
 ) -> Cascade:
-    """Takes seconds: torch and transformers are imported here."""
+    """Takes seconds: torch and transformers are imported here. With `vram` or `ram` the networks are placed by a plan
+    for `count` pictures of the `size`."""
     from floyd.pipelines.cascade import Cascade
     from floyd.pipelines.qualities import checked
+    from floyd.pipelines.sizing import Workload
+    from floyd.runtime.budget import Budget
 
     if quality is not None:
         checked(quality)
+    options: dict[str, Any] = {"torch_dtype": dtype, "quantization": quantization}
+    if vram is not None or ram is not None:
+        if device != "auto":
+            raise ValueError(
+                f"--vram and --ram place the networks by a plan; --device {device} says it, too: leave one out."
+            )
+        options |= {"memory": Budget(vram=vram, ram=ram), "memory_for": Workload(size=size, count=count)}
     prepare(threads)
-    options: dict[str, Any] = {"torch_dtype": dtype, "device_map": device_named(device), "quantization": quantization}
+    if "memory" not in options:
+        options["device_map"] = device_named(device)
     if not models:
         if variant is not None:
             raise ValueError(f"The built-in checkpoint has no variants, so --variant {variant} needs a --model.")
@@ -87,6 +115,11 @@ def device_named(name: str) -> torch.device:
     device = device_of_map(name)
     assert device is not None
     return device
+
+
+def expanded_or_built_in(models: Iterable[str]) -> list[str]:
+    """Folders and ids, with floyd's own folder for its name."""
+    return [str(files("floyd") / "mini") if name == BUILT_IN else name for name in expanded(list(models))]
 
 
 def name_of(models: Sequence[str] | None) -> str:
