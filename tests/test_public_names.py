@@ -37,7 +37,7 @@ def test_a_public_name_resolves(name: str) -> None:
 
 
 def test_every_public_name_has_a_home() -> None:
-    assert [*sorted(floyd._HOMES), "__version__"] == floyd.__all__
+    assert sorted([*floyd._HOMES, "__version__"]) == floyd.__all__
 
 
 def test_editors_are_told_the_same_homes() -> None:

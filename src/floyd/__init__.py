@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what `_HOMES` says, for editors and type checkers
     from floyd.schedulers.ddpm import DDPMScheduler
     from floyd.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
     from floyd.schedulers.multistep import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+    from floyd.store.text_encoders import load_text_encoder, load_tokenizer
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,8 @@ __all__ = [
     "UNet2DConditionModel",
     "UniPCMultistepScheduler",
     "__version__",
+    "load_text_encoder",
+    "load_tokenizer",
 ]
 
 _HOMES = {
@@ -83,6 +86,8 @@ _HOMES = {
     "StableDiffusionUpscalePipeline": "floyd.pipelines.upscale",
     "UNet2DConditionModel": "floyd.models.unet",
     "UniPCMultistepScheduler": "floyd.schedulers.multistep",
+    "load_text_encoder": "floyd.store.text_encoders",
+    "load_tokenizer": "floyd.store.text_encoders",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,7 @@ from floyd.store.components import load_component, shell
 from floyd.store.hub import snapshot
 from floyd.store.layout import ComponentType, ModelIndex, read_index, type_of
 from floyd.store.pretrained import as_dtype
+from floyd.store.text_encoders import load_text_encoder, load_tokenizer
 
 if TYPE_CHECKING:
     from floyd.pipelines.base import DiffusionPipeline
@@ -111,6 +112,7 @@ def load(request: Request, choose: Callable[[str], type[P]]) -> P:
     """Build the chosen class from the checkpoint's components and the given ones."""
     index = read_index(request.folder([]))
     cls = choose(index.class_name)
+    request = _with_files_read(request, index)
     known = {*cls.component_names, *cls.value_names}
     if unknown := sorted(set(request.given) - known):
         log.warning(
@@ -131,6 +133,24 @@ def load(request: Request, choose: Callable[[str], type[P]]) -> P:
     if request.memory is not None:
         pipeline.manage(request.memory)
     return pipeline
+
+
+def _with_files_read(request: Request, index: ModelIndex) -> Request:
+    """A T5 or its tokenizer, given as where it lies, is loaded as the checkpoint's own would be."""
+    kinds = {name: index.components.get(name) for name in ("text_encoder", "tokenizer")}
+    paths = {name: request.given[name] for name in kinds if isinstance(request.given.get(name), str | os.PathLike)}
+    for name in paths:
+        kind = kinds[name]
+        if kind is not None and not kind.class_name.startswith("T5"):
+            raise ValueError(f"{name} of {index.class_name} is a {kind.class_name}; only of a T5 a path will do.")
+    loaded: dict[str, Any] = {}
+    hub = {key: value for key, value in request.hub.items() if key in {"token", "cache_dir", "local_files_only"}}
+    if "tokenizer" in paths:
+        loaded["tokenizer"] = load_tokenizer(paths["tokenizer"], **hub)
+    if "text_encoder" in paths:
+        told = {name: getattr(request, f"{name}_of")("text_encoder") for name in ("dtype", "quantization")}
+        loaded["text_encoder"] = load_text_encoder(paths["text_encoder"], variant=request.variant, **told, **hub)
+    return replace(request, given={**request.given, **loaded}) if loaded else request
 
 
 def _to_load(request: Request, index: ModelIndex, cls: type[DiffusionPipeline]) -> dict[str, ComponentType]:

@@ -16,6 +16,7 @@ from floyd.store import layout, lazy, weights
 from floyd.store.files import made, read_json
 from floyd.store.filling import KEY, Quantization, fill, quantization_for, quantizing
 from floyd.store.pretrained import Configured, Model, as_dtype, mark_quantized, parameters_on_meta
+from floyd.store.t5 import T5State
 from floyd.store.weights import some
 
 
@@ -41,7 +42,7 @@ def load_component(
     if issubclass(cls, Configured) and not issubclass(cls, Model):
         return cls.from_pretrained(path)
     if not layout.has_weights(layout.ComponentType(library, class_name)):
-        return _load_files(cls, path)
+        return load_files(cls, path)
     used = weights.available(path, variant=variant, use_safetensors=use_safetensors)
     if issubclass(cls, Model):
         files: dict[str, Any] = {"variant": used, "use_safetensors": use_safetensors}
@@ -94,7 +95,7 @@ def save_component(
         weights.write(state, path, base="model", safe_serialization=safe_serialization, **files)
 
 
-def _load_files(cls: Any, path: Path) -> Any:
+def load_files(cls: Any, path: Path) -> Any:
     """A tokenizer or an image processor of transformers."""
     _check_vocabulary(cls, path)
     try:
@@ -145,6 +146,7 @@ def _load_transformer(
     kept = quantization_for(read_json(path / "config.json"), quantization, path)
     if kept is not None and (kept.is_stored or cls.__name__ == "T5EncoderModel"):
         state = lazy.opened(path, variant=variant, use_safetensors=use_safetensors)
+        state = T5State(state) if cls.__name__ == "T5EncoderModel" else state
         return built(cls, config, state, dtype, place=str(path), quantization=kept)
     state = weights.read(path, variant=variant, use_safetensors=use_safetensors)
     if integers := [key for key, w in state.items() if w.dtype in {torch.int8, torch.uint8} or key.endswith(".SCB")]:

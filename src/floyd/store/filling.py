@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from floyd.errors import CheckpointError
+from floyd.store.lazy import Renamed
 from floyd.store.weights import some
 
 KEY = "quantization_config"  # of a component's configuration file
@@ -66,33 +67,52 @@ def fill(
     plain = dict(model.state_dict())
     layers = {} if quantization is None else quantizing().prepare(model, quantization.name)
     is_stored = quantization is not None and quantization.is_stored
-    wanted = {key: t for key, t in (model.state_dict() if is_stored else plain).items() if key not in tied}
-    recomputed = {name for name, _ in model.named_buffers()} - wanted.keys()
+    wanted = {key for key in (model.state_dict() if is_stored else plain) if key not in tied}
+    recomputed = {name for name, _ in model.named_buffers()} - wanted
     keys = [key for key in state if key not in recomputed and key not in tied]
-    _check_keys(wanted.keys(), set(keys), f"{place} does not fit {type(model).__name__}")
-    parameters = {name for name, _ in model.named_parameters()} | {f"{name}.weight" for name in layers}
-    for name, layer in layers.items():
-        layer.like = torch.empty(0, dtype=_precision(model, f"{name}.weight", dtype))
-        if not is_stored:
+    check_keys(wanted, set(keys), f"{place} does not fit {type(model).__name__}")
+    if not is_stored:
+        for layer in layers.values():
             layer.make_room()
-    for key in keys:
-        name, _, last = key.rpartition(".")
-        tensor, own = state[key], wanted[key]
-        if tensor.shape != own.shape:
-            raise CheckpointError(f"{place}: {key} is {tuple(tensor.shape)}, expected {tuple(own.shape)}.")
-        if name in layers and last != "bias":
-            _take(layers[name], last, _checked(tensor, key, own if is_stored else None, place))
-        elif key in parameters and own.is_floating_point():
-            _assign(model, key, _checked(tensor, key, None, place).to(_precision(model, key, dtype)))
-        else:
-            _assign(model, key, tensor.to(own.dtype))
-    if left := [
-        name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta and name not in tied
-    ]:
+    wide = getattr(model, "_keep_in_fp32_modules", None) or ()
+    pour(model, Renamed(state, {key: key for key in keys}), dtype=dtype, place=place, wide=wide)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if left := [name for name, tensor in tensors if tensor.is_meta and name not in tied]:
         raise CheckpointError(f"{place} left {some(left)} of {type(model).__name__} without weights.")
 
 
-def _check_keys(wanted: Collection[str], given: Collection[str], complaint: str) -> None:
+def pour(
+    model: nn.Module, state: Mapping[str, Tensor], *, dtype: torch.dtype, place: str, wide: Collection[str] = ()
+) -> None:
+    """The tensors of a state dict into a network that is prepared for them, one after the other.
+
+    `wide`: parts of names whose layers overflow in float16, as some of T5 do: they are float32 there.
+    """
+
+    def precision(key: str) -> torch.dtype:
+        return torch.float32 if dtype == torch.float16 and set(wide).intersection(key.split(".")) else dtype
+
+    kind = quantizing().Quantized
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, kind)}
+    for name, layer in layers.items():
+        layer.like = torch.empty(0, dtype=precision(f"{name}.weight"))
+    wanted = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for key in state:
+        name, _, last = key.rpartition(".")
+        tensor = state[key]
+        own = layers[name].weight if name in layers and last == "weight" else wanted[key]
+        if tensor.shape != own.shape:
+            raise CheckpointError(f"{place}: {key} is {tuple(tensor.shape)}, expected {tuple(own.shape)}.")
+        if name in layers and last != "bias":
+            _take(layers[name], last, _checked(tensor, key, None if last == "weight" else own.dtype, place))
+        elif isinstance(own, nn.Parameter) and own.is_floating_point():
+            _assign(model, key, _checked(tensor, key, None, place).to(precision(key)))
+        else:
+            _assign(model, key, tensor.to(own.dtype))
+
+
+def check_keys(wanted: Collection[str], given: Collection[str], complaint: str) -> None:
+    """A state dict must have all that a network wants, and nothing else."""
     problems = []
     if missing := set(wanted) - set(given):
         problems.append(f"missing: {some(missing)}")
@@ -102,9 +122,9 @@ def _check_keys(wanted: Collection[str], given: Collection[str], complaint: str)
         raise CheckpointError(f"{complaint}; {'; '.join(problems)}. Are config.json and the weights of one network?")
 
 
-def _checked(tensor: Tensor, key: str, stored: Tensor | None, place: str) -> Tensor:
-    if stored is not None and tensor.dtype != stored.dtype:
-        raise CheckpointError(f"{place}: {key} is stored as {tensor.dtype}, expected {stored.dtype}.")
+def _checked(tensor: Tensor, key: str, stored: torch.dtype | None, place: str) -> Tensor:
+    if stored is not None and tensor.dtype != stored:
+        raise CheckpointError(f"{place}: {key} is stored as {tensor.dtype}, expected {stored}.")
     if stored is None and not tensor.is_floating_point():
         raise CheckpointError(
             f"{place} is quantized: {key} is stored as {tensor.dtype}. Load the plain or fp16 weights and quantize "
@@ -128,9 +148,3 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
         module._parameters[name] = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad)
     else:
         module._buffers[name] = tensor
-
-
-def _precision(model: nn.Module, key: str, dtype: torch.dtype) -> torch.dtype:
-    """Layers that their network declares to overflow in float16 stay float32 there, as some of T5 do."""
-    wide = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
-    return torch.float32 if wide.intersection(key.split(".")) else dtype

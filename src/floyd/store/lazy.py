@@ -42,15 +42,26 @@ class Lying:
         return prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        content = torch.empty(self.nbytes, dtype=torch.uint8)
+        return self._bytes(self.start, self.nbytes).view(self.dtype).view(self.shape)
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Some rows of a table, read one by one."""
+        width = prod(self.shape[1:]) * self.dtype.itemsize
+        if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < self.shape[0]:
+            raise IndexError(f"The table has {self.shape[0]} rows, asked for {numbers.tolist()}.")
+        parts = [self._bytes(self.start + number * width, width) for number in numbers.tolist()]
+        return torch.stack(parts).view(self.dtype).view(-1, *self.shape[1:])
+
+    def _bytes(self, start: int, count: int) -> Tensor:
+        content = torch.empty(count, dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start)
+            file.seek(start)
             view = content.numpy().data
-            while len(view) and (count := file.readinto(view)):
-                view = view[count:]
+            while len(view) and (num_read := file.readinto(view)):
+                view = view[num_read:]
         if len(view):
             raise CheckpointError(f"{self.path} is cut off: download it again.")
-        return content.view(self.dtype).view(self.shape)
+        return content
 
 
 class LazyState(Mapping[str, Tensor]):
