@@ -91,10 +91,14 @@ def low_res_condition(
     """
     if not 0 <= level < len(schedule):
         raise ValueError(f"noise_level must be in [0, {len(schedule)}), got {level}.")
-    enlarged_BCHW = F.interpolate(at_least_float32(image_BCHW), tuple(size), mode="bilinear", align_corners=True).to(
-        image_BCHW.dtype
-    )
+    enlarged_BCHW = enlarged(image_BCHW, size)
     if extended is not None:
         enlarged_BCHW = extended(enlarged_BCHW)
     noised_BCHW = schedule.noised(enlarged_BCHW, noise(enlarged_BCHW), level)
     return noised_BCHW, torch.full((len(image_BCHW),), level, device=image_BCHW.device)
+
+
+def enlarged(image_BCHW: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """As a super-resolution network is shown a small picture: bilinear, corner on corner."""
+    large_BCHW = F.interpolate(at_least_float32(image_BCHW), tuple(size), mode="bilinear", align_corners=True)
+    return large_BCHW.to(image_BCHW.dtype)

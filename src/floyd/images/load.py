@@ -35,6 +35,11 @@ def load_image(
     return to_rgb(picture) if convert_method is None else convert_method(picture)
 
 
+def picture_in(content: bytes, name: str) -> Image.Image:
+    """The upright RGB picture in a file's content; `name` is for complaints."""
+    return to_rgb(upright(_opened(BytesIO(content), name)))
+
+
 def _is_url(image: str | Path) -> bool:
     return isinstance(image, str) and urlsplit(image).scheme.lower() in ("http", "https")
 
@@ -63,5 +68,5 @@ def _opened(source: Path | BytesIO, name: str) -> Image.Image:
         with Image.open(source) as picture:
             picture.load()
             return picture
-    except OSError as error:
+    except (OSError, SyntaxError) as error:  # the latter for a broken PNG
         raise ValueError(f"{name} is not a picture that Pillow can read: {error}.") from error

@@ -49,6 +49,7 @@ from floyd.store.hub import snapshot
 from floyd.store.layout import read_index
 from floyd.store.presets import STAGES, is_cascade, read_presets, stage_folders, write_presets
 from floyd.text.checks import check_prompts
+from floyd.text.tokens import remind
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -439,6 +440,7 @@ class Cascade:
         if first.text_encoder is None:
             assert self._load_text_encoder is not None, "run() has checked this"
             first.text_encoder = self._load_text_encoder()
+            remind(first.tokenizer, first.text_encoder)
         with call_scale(lora_scale(plan.stages["stage_1"].get("cross_attention_kwargs"))):
             text = first.encode_prompt(
                 plan.prompt,

@@ -6,6 +6,7 @@ B images  C channels  H height  W width
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from floyd.adapters.calls import call_scale
+from floyd.adapters.tokens import FILE_NAME, read_rows
 from floyd.diffusion.canvas import Canvas
 from floyd.diffusion.repaint import NoisedCanvas, by_the_table, resampled
 from floyd.images.composite import each, size_of
@@ -27,6 +29,7 @@ from floyd.pipelines.output import IFInpaintingOutput, IFPipelineOutput
 from floyd.pipelines.painter import LowRes, Painter, Task
 from floyd.pipelines.pictures import masks, pictures
 from floyd.text.prompts import T5_TOKENS, PromptPair, encode_prompt
+from floyd.text.tokens import teach
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +105,23 @@ class IFStage(Painter):
                 recall=lent.recall,
             )
         return pair.positive, pair.negative
+
+    def load_textual_inversion(
+        self,
+        pretrained_model_name_or_path: str | os.PathLike[str] | Mapping[str, Tensor],
+        token: str | None = None,
+        *,
+        weight_name: str = FILE_NAME,
+    ) -> list[str]:
+        """Give the tokenizer and the text encoder words that were learned (arXiv:2208.01618); they are returned.
+
+        From a file, a folder, a repository of the hub or a state dict {token: embedding}; `token` renames the only one.
+        Whoever shares these components knows the words, too.
+        """
+        self._need("tokenizer", "text_encoder")
+        rows = read_rows(pretrained_model_name_or_path, token=token, weight_name=weight_name)
+        teach(self.tokenizer, self.text_encoder, rows)
+        return list(rows)
 
     def _call(self, arguments: Mapping[str, Any]) -> IFPipelineOutput | tuple[Any, Any, Any]:
         task, x_BCHW = self._run(arguments)

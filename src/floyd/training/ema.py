@@ -10,26 +10,32 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Exponential moving average, warmed up: the first steps are forgotten soon."""
+    """Exponential moving average of what is trained, warmed up: the first steps are forgotten soon.
+
+    With a decay of 0 it is the weights themselves, and nothing is kept.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}.")
         self.decay = decay
         self.num_updates = 0
-        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad and decay}
+        self.shadow = {name: p.detach().clone() for name, p in trained.items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         self.num_updates += 1
         share = 1 - min(self.decay, self.num_updates / (10 + self.num_updates))
         parameters = dict(model.named_parameters())
+        if not self.shadow:
+            return
         torch._foreach_lerp_(list(self.shadow.values()), [parameters[name].detach() for name in self.shadow], share)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
         """The model with the averaged weights; its own come back afterwards."""
-        own = {name: p.detach().clone() for name, p in model.named_parameters()}
+        own = {name: p.detach().clone() for name, p in model.named_parameters() if name in self.shadow}
         self.copy_to(model)
         try:
             yield model
@@ -53,4 +59,5 @@ class Ema:
 @torch.no_grad()
 def _copy(values: dict[str, Tensor], model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        parameter.copy_(values[name])
+        if name in values:
+            parameter.copy_(values[name])

@@ -1,5 +1,4 @@
-"""`floyd generate`, `floyd info`, `floyd judge`, `floyd eval`, `floyd train-mini`, `floyd download`, `floyd plan`,
-`floyd doctor`.
+"""`floyd generate`, `info`, `judge`, `eval`, `train`, `train-mini`, `download`, `plan` and `doctor`.
 
 Whatever takes time to import (torch, transformers, PIL, numpy) is imported by the command that needs it: help is
 immediate.
@@ -19,6 +18,7 @@ from floyd.apps.cli.info import info, judge
 from floyd.apps.cli.plan import plan
 from floyd.apps.cli.refusals import Commands
 from floyd.apps.cli.train import train_mini
+from floyd.apps.cli.tune import train
 
 app = typer.Typer(
     cls=Commands,
@@ -31,6 +31,7 @@ app.command("generate")(generate)
 app.command("info")(info)
 app.command("judge")(judge)
 app.command("eval")(evaluate)
+app.command("train")(train)
 app.command("train-mini")(train_mini)
 app.command("download")(download)
 app.command("plan")(plan)

@@ -97,7 +97,7 @@ def folder_of(start: str) -> Path:
 def trained(recipe: Recipe, parts: tuple[str, ...], bars: Bars) -> None:
     """All parts; KeyboardInterrupt, after saving, for who wants to stop."""
     current = None
-    with closing(recipe.train(parts)) as steps, _gently() as wish:
+    with closing(recipe.train(parts)) as steps, gently() as wish:
         for part, made in steps:
             if part != current:
                 bars.start(part, made.num_steps, done=made.step)
@@ -113,7 +113,7 @@ class _Wish:
 
 
 @contextmanager
-def _gently() -> Iterator[_Wish]:
+def gently() -> Iterator[_Wish]:
     """The first Ctrl-C is a wish, the second an order."""
     wish = _Wish()
 

@@ -1,0 +1,315 @@
+"""Whole runs on a tiny cascade of 48, 96 and 384 pixels."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from floyd.apps.tuning.config import TuneConfig
+from floyd.apps.tuning.run import Moment, Run, tune
+from floyd.models.unet import UNet2DConditionModel
+from floyd.pipelines.deepfloyd_if import IFPipeline
+from floyd.store.weights import read_file, read_metadata
+from floyd.training.loop import Trainer
+
+CAPTIONS = ("a red circle", "A Blue Square", "a large hat", "a cat on a dog", "a small red hat")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i, caption in enumerate(CAPTIONS):
+        Image.fromarray(rng.integers(0, 255, (60, 50, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
+    return folder
+
+
+@pytest.fixture
+def told(folder: Path, data: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model": str(folder),
+        "data": str(data),
+        "out": str(tmp_path / "run"),
+        "steps": 6,
+        "batch": 4,
+        "rate": 1e-2,
+        "precision": "fp32",
+        "device": "cpu",
+        "flip": True,
+        "crop": "random",
+        "rank": 2,
+        "alpha": 2.0,
+    }
+
+
+def weights(config: TuneConfig) -> dict[str, torch.Tensor]:
+    tune(config)
+    path = Run(config).result
+    return read_file(path if path.is_file() else path / "diffusion_pytorch_model.safetensors")
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+def moved(folder: Path, config: TuneConfig, stage: str) -> dict[str, bool]:
+    """Which weights of a fully trained network are no longer the checkpoint's."""
+    before = UNet2DConditionModel.from_pretrained(folder / stage / "unet").state_dict()
+    after = UNet2DConditionModel.from_pretrained(Path(config.out) / "unet").state_dict()
+    return {key: not torch.equal(before[key], after[key]) for key in before}
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"ema": 0.5},
+    "full": {"method": "full", "stage": 2, "optimizer": "muon", "batch": 2},
+    "dreambooth": {"method": "dreambooth", "class_prompt": ("a cat", "a dog"), "class_pictures": 3},
+    "textual-inversion": {"method": "textual-inversion", "tokens": ("zorp",), "caption": "a zorp"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_was_stopped_twice_ends_as_one_that_was_not(
+    method: str, told: dict[str, Any], tmp_path: Path, data: Path
+) -> None:
+    """Bit for bit: weights, optimizer, order of the data, noise, dropped captions."""
+    if method == "textual-inversion":
+        told["data"] = str(_without_captions(data, tmp_path))
+    whole = TuneConfig.of(**told, **METHODS[method])
+    parts = replace(whole, out=str(tmp_path / "parts"))
+    expected = weights(whole)
+    for stop in (2, 2):
+        run = Run(parts)
+        moments = (moment for moment in run.moments() if moment.label == "training")
+        assert [moment.losses != {} for moment in islice(moments, stop)] == [True, True]
+        moments.close()
+        del moments
+    assert_equal(expected, weights(parts))
+
+
+def _without_captions(data: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for path in data.glob("*.png"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_a_run_that_was_killed_ends_as_one_that_was_not(told: dict[str, Any], tmp_path: Path) -> None:
+    """SIGKILL amid a step; the snapshot is of some step before."""
+    config = TuneConfig.of(**told)
+    killed = replace(config, out=str(tmp_path / "killed"), snapshot_every_s=0.0)
+    script = (
+        "import os, signal, sys, json\n"
+        "from floyd.apps.tuning.config import TuneConfig\n"
+        "from floyd.apps.tuning.run import Run\n"
+        "from floyd.training import denoising\n"
+        "loss_of, calls = denoising.Denoising.__call__, []\n"
+        "def dying(*args, **options):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return loss_of(*args, **options)\n"
+        "denoising.Denoising.__call__ = dying\n"
+        "for moment in Run(TuneConfig(**json.loads(sys.argv[1]))).moments(): pass\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    settings = json.dumps({**killed.terms(), "out": killed.out, "device": "cpu", "snapshot_every_s": 0.0})
+    done = subprocess.run([sys.executable, "-c", script, settings], env=environment, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert torch.load(tmp_path / "killed" / "run" / "state.pt", weights_only=True)["step"] == 3
+    assert not Run(killed).result.exists()
+    assert_equal(weights(config), weights(killed))
+
+
+def test_the_result_does_not_depend_on_the_pieces_that_a_batch_is_computed_in(
+    told: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = weights(TuneConfig.of(**told))
+    config = TuneConfig.of(**{**told, "out": str(tmp_path / "pieces")}, accumulate=4, checkpointing=True)
+    pieces = weights(config)
+    for key in whole:
+        torch.testing.assert_close(pieces[key], whole[key], atol=2e-4, rtol=1e-3)
+
+
+def test_full_fine_tuning_trains_every_weight_the_variance_too(told: dict[str, Any], folder: Path) -> None:
+    config = TuneConfig.of(**{**told, "steps": 2}, method="full")
+    tune(config)
+    assert [key for key, is_moved in moved(folder, config, "stage_1").items() if not is_moved] == []
+    before = UNet2DConditionModel.from_pretrained(folder / "stage_1" / "unet").conv_out.weight
+    after = UNet2DConditionModel.from_pretrained(Path(config.out) / "unet").conv_out.weight
+    assert (before[3:] != after[3:]).all(), "the rows that say the variance"
+
+
+def test_what_was_trained_paints_with_its_own_scheduler(told: dict[str, Any], folder: Path) -> None:
+    config = TuneConfig.of(**{**told, "steps": 2}, method="full")
+    tune(config)
+    unet = UNet2DConditionModel.from_pretrained(Path(config.out) / "unet")
+    pipe = IFPipeline.from_pretrained(folder / "stage_1", unet=unet, requires_safety_checker=False)
+    assert pipe.scheduler.config.variance_type == "learned_range"
+    (picture,) = pipe("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+    assert picture.size == (48, 48)
+
+
+def test_t5_is_read_once_and_is_not_there_while_the_stage_is_trained(
+    told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gc
+
+    from transformers import T5EncoderModel
+
+    def living() -> int:
+        gc.collect()
+        return sum(isinstance(each, T5EncoderModel) for each in gc.get_objects())
+
+    before, seen = living(), []
+    step = Trainer._one_step
+    monkeypatch.setattr(Trainer, "_one_step", lambda self: (seen.append(living()), step(self))[1])
+    config = TuneConfig.of(**{**told, "steps": 2})
+    labels = [moment.label for moment in Run(config).moments()]
+    assert labels == ["captions", "training", "training"]
+    assert seen == [before, before]
+    again = replace(config, steps=3)
+    (Path(config.out) / "terms.json").unlink()
+    assert [moment.label for moment in Run(again).moments()] == ["training"]
+
+
+def test_class_pictures_are_painted_by_the_model_and_only_once(told: dict[str, Any]) -> None:
+    config = TuneConfig.of(**{**told, "steps": 1}, **METHODS["dreambooth"])
+    moments = list(Run(config).moments())
+    assert [moment.done for moment in moments if moment.label == "class pictures"] == [2, 3]
+    folder = Path(config.out) / "class"
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert [(row["file_name"], row["text"]) for row in rows] == [
+        ("00000.png", "a cat"),
+        ("00001.png", "a dog"),
+        ("00002.png", "a cat"),
+    ]
+    assert {Image.open(path).size for path in folder.glob("*.png")} == {(48, 48)}
+    assert set(moments[-1].losses) == {"noise", "noise_kept", "variance", "variance_kept"}
+    assert all(moment.label == "training" for moment in Run(config).moments())
+
+
+def test_validation_paints_the_whole_cascade_and_changes_nothing(told: dict[str, Any], tmp_path: Path) -> None:
+    plain = weights(TuneConfig.of(**told))
+    config = TuneConfig.of(
+        **{**told, "out": str(tmp_path / "watched")},
+        validate_every=3,
+        validation_prompt=("a red hat", "a cat"),
+        validation_size=96,
+    )
+    painted = [moment.pictures for moment in Run(config).moments() if moment.pictures]
+    assert [path.name for paths in painted for path in paths] == [
+        "step-000003-0.png",
+        "step-000003-1.png",
+        "step-000006-0.png",
+        "step-000006-1.png",
+    ]
+    assert {Image.open(path).size for paths in painted for path in paths} == {(96, 96)}
+    first, last = (Path(config.out) / "validation" / f"step-00000{step}-0.png" for step in (3, 6))
+    assert first.read_bytes() != last.read_bytes(), "the network that is trained is the one that paints"
+    assert_equal(plain, weights(config))
+
+
+def test_a_run_is_gone_on_with_as_it_was_begun_or_not_at_all(told: dict[str, Any], data: Path) -> None:
+    config = TuneConfig.of(**{**told, "steps": 1})
+    tune(config)
+    with pytest.raises(ValueError, match=r"was begun otherwise: rate was 0\.01 and is 0\.5"):
+        Run(replace(config, rate=0.5))
+    Run(replace(config, accumulate=2, snapshot_every_s=1.0))
+    terms = json.loads((Path(config.out) / "terms.json").read_text())
+    (Path(config.out) / "terms.json").write_text(json.dumps({**terms, "pictures": "others"}))
+    with pytest.raises(ValueError, match="pictures was 'others'"):
+        Run(config)
+
+
+def test_the_lora_file_has_the_keys_and_the_alpha_of_peft(told: dict[str, Any]) -> None:
+    config = TuneConfig.of(**{**told, "alpha": 6.0, "steps": 1})
+    path = tune(config)
+    assert path.name == "pytorch_lora_weights.safetensors"
+    state = read_file(path)
+    assert all(key.startswith("unet.") and key.endswith((".lora_A.weight", ".lora_B.weight")) for key in state)
+    told_in_head = json.loads(read_metadata(path)["lora_adapter_metadata"])
+    assert (told_in_head["unet.lora_alpha"], told_in_head["unet.r"]) == (6.0, 2)
+
+
+def test_the_incumbent_paints_with_the_file_what_floyd_trained(told: dict[str, Any], folder: Path) -> None:
+    """The trained network as it stands in memory, and diffusers with the file on the same checkpoint."""
+    import diffusers
+
+    config = TuneConfig.of(**{**told, "alpha": 6.0, "steps": 3})
+    run, nets = Run(config), []
+    model_of = run._model
+
+    def spied(pipe: Any, inverting: Any) -> Any:
+        nets.append(pipe.unet)
+        return model_of(pipe, inverting)
+
+    run._model = spied  # type: ignore[method-assign]
+    list(run.moments())
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(folder / "stage_1" / "unet")
+    pipe = diffusers.IFPipeline.from_pretrained(
+        folder / "stage_1", unet=theirs, text_encoder=None, tokenizer=None, requires_safety_checker=False
+    )
+    pipe.load_lora_weights(config.out)
+    generator = torch.Generator().manual_seed(0)
+    x_BCHW, text_BLE = torch.randn(1, 3, 48, 48, generator=generator), torch.randn(1, 77, 32, generator=generator)
+    with torch.no_grad():
+        (own,) = nets[0].eval()(x_BCHW, 500, text_BLE, return_dict=False)
+        (other,) = pipe.unet.eval()(x_BCHW, 500, text_BLE, return_dict=False)
+        plain = UNet2DConditionModel.from_pretrained(folder / "stage_1" / "unet")(x_BCHW, 500, text_BLE).sample
+    assert (own - plain).abs().max() > 1e-3
+    torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_learned_word_is_loaded_and_paints_as_it_was_trained(
+    told: dict[str, Any], folder: Path, data: Path, tmp_path: Path
+) -> None:
+    bare = _without_captions(data, tmp_path)
+    config = TuneConfig.of(**{**told, "data": str(bare), "caption": "a zorp", "steps": 2}, method="textual-inversion", tokens=("zorp",), start_word="cat")
+    path = tune(config)
+    assert path.name == "learned_embeds.safetensors"
+    pipe = IFPipeline.from_pretrained(folder / "stage_1", requires_safety_checker=False)
+    before = pipe.encode_prompt("a zorp", do_classifier_free_guidance=False)[0]
+    others = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
+    assert pipe.load_textual_inversion(path) == ["zorp"]
+    after = pipe.encode_prompt("a zorp", do_classifier_free_guidance=False)[0]
+    assert not torch.equal(before, after)
+    known = pipe.text_encoder.get_input_embeddings().weight[: len(pipe.tokenizer) - 1]
+    assert torch.equal(known, others[: len(known)])
+    assert not torch.equal(read_file(path)["zorp"], others[pipe.tokenizer.convert_tokens_to_ids("▁cat")])
+
+
+def test_a_token_that_no_caption_has_is_refused_before_anything_is_loaded(told: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="None of the 5 captions contains the token 'zorp'"):
+        Run(TuneConfig.of(**told, method="textual-inversion", tokens=("zorp",)))
+
+
+def test_what_the_model_does_not_have_is_refused_by_name(told: dict[str, Any], folder: Path) -> None:
+    with pytest.raises(ValueError, match="stage 2 is to be trained, and model names 1"):
+        Run(TuneConfig.of(**{**told, "model": str(folder / "stage_1"), "stage": 2, "data": told["data"]}))
+
+
+@pytest.fixture
+def alone(folder: Path) -> Iterator[Path]:
+    yield folder / "stage_1"
+
+
+def test_moments_tell_the_time_left(told: dict[str, Any]) -> None:
+    last: list[Moment] = [m for m in Run(TuneConfig.of(**{**told, "steps": 2})).moments() if m.label == "training"]
+    assert [(moment.done, moment.total) for moment in last] == [(1, 2), (2, 2)]
+    assert last[0].seconds_left is not None and last[0].seconds_left > 0
+    assert last[1].seconds_left == 0
