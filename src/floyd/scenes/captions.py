@@ -25,6 +25,7 @@ NOUNS = {
     "star": ("star",),
     "cross": ("cross", "plus"),
     "ring": ("ring", "hoop"),
+    "crescent": ("zorp",),  # a word that the built-in model never read
 }
 COLOR_WORDS = {"gray": ("gray", "grey")}
 BACKDROPS = ("background", "background", "backdrop")

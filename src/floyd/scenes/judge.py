@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise, permutations
 
 import numpy as np
@@ -112,8 +113,30 @@ class Verdict:
         }
 
 
-def read(picture: npt.NDArray[np.uint8]) -> Reading:
-    """What the picture shows; square, uint8 RGB, at least 48 pixels wide."""
+@dataclass(frozen=True)
+class _Form:
+    """Where a shape's mass is, in radii."""
+
+    area: float
+    spread: float  # mean square distance from the centre of mass
+    drop: float  # of the centre of mass below (x, y)
+
+
+@cache
+def _form(shape: str) -> _Form:
+    if shape in _AREAS:
+        return _Form(_AREAS[shape], _SPREADS[shape], _DROP.get(shape, 0.0))
+    fine = 200  # pixels to a radius; symmetric from left to right
+    at_W = np.arange(-fine - 1, fine + 1, dtype=np.float32) + np.float32(0.5)
+    cover_HW = coverage(shape, at_W[None, :], at_W[:, None], fine).astype(np.float64)
+    mass, at_W = float(cover_HW.sum()), at_W / fine
+    drop = float(cover_HW.sum(1) @ at_W) / mass
+    spread = float(cover_HW.sum(0) @ at_W**2 + cover_HW.sum(1) @ (at_W - drop) ** 2) / mass
+    return _Form(mass / fine**2, spread, drop)
+
+
+def read(picture: npt.NDArray[np.uint8], *, shapes: tuple[str, ...] = SHAPES) -> Reading:
+    """What the picture shows; square, uint8 RGB, at least 48 pixels wide. `shapes` are those that it may show."""
     is_square = picture.ndim == 3 and picture.shape[2] == 3 and picture.shape[0] == picture.shape[1]
     if picture.dtype != np.uint8 or not is_square or picture.shape[0] < LEAST_SIDE:
         raise ValueError(
@@ -127,7 +150,7 @@ def read(picture: npt.NDArray[np.uint8]) -> Reading:
     areas = np.bincount(labels_HW.ravel(), minlength=count + 1)
     labels = [label for label in range(1, count + 1) if areas[label] >= LEAST_AREA * side**2]
     labels.sort(key=lambda label: -areas[label])
-    things = [_read_thing(colors_HWC, background_HWC, labels_HW, label) for label in labels]
+    things = [_read_thing(colors_HWC, background_HWC, labels_HW, label, shapes) for label in labels]
     return Reading(tuple(things), _read_background(plane))
 
 
@@ -146,7 +169,9 @@ def nearest_color(color: npt.NDArray[np.floating]) -> str:
     return name if distance <= FARTHEST_COLOR else UNKNOWN
 
 
-def _read_thing(colors_HWC: Array, background_HWC: Array, labels_HW: npt.NDArray[np.intp], label: int) -> Seen:
+def _read_thing(
+    colors_HWC: Array, background_HWC: Array, labels_HW: npt.NDArray[np.intp], label: int, shapes: tuple[str, ...]
+) -> Seen:
     side = colors_HWC.shape[0]
     rows, columns = np.nonzero(labels_HW == label)
     top, left = max(int(rows.min()) - 3, 0), max(int(columns.min()) - 3, 0)
@@ -154,7 +179,7 @@ def _read_thing(colors_HWC: Array, background_HWC: Array, labels_HW: npt.NDArray
     own_HW = labels_HW[window] == label
     others_HW = (labels_HW[window] != label) & (labels_HW[window] != 0)
     color, cover_HW = _cover(colors_HWC[window], background_HWC[window], own_HW, others_HW)
-    fit = _best_shape(cover_HW)
+    fit = _best_shape(cover_HW, shapes)
     behind = background_HWC[window][own_HW].mean(0)
     return Seen(
         fit.shape if fit.match >= LEAST_MATCH else UNKNOWN,
@@ -193,7 +218,7 @@ class _Fit:
     match: float
 
 
-def _best_shape(cover_HW: Array) -> _Fit:
+def _best_shape(cover_HW: Array, shapes: tuple[str, ...]) -> _Fit:
     """The template that overlaps most, in pixels of the window.
 
     Area and centre of mass, which blur does not change, place each template; it is tried sharp and blurred. Where
@@ -203,16 +228,16 @@ def _best_shape(cover_HW: Array) -> _Fit:
     mass = max(float(cover_HW.sum()), 1e-6)
     x_W, y_H = np.arange(width, dtype=np.float32) + 0.5, np.arange(height, dtype=np.float32) + 0.5
     x, y = float(cover_HW.sum(0) @ x_W) / mass, float(cover_HW.sum(1) @ y_H) / mass
-    by_area = (_fit(cover_HW, shape, x, y, math.sqrt(mass / _AREAS[shape]), 1.0, (0, 1, 2)) for shape in SHAPES)
+    by_area = (_fit(cover_HW, shape, x, y, math.sqrt(mass / _form(shape).area), 1.0, (0, 1, 2)) for shape in shapes)
     best = max(by_area, key=lambda fit: fit.match)
     if best.match >= GOOD_MATCH:
         return best
     spread = float(cover_HW.sum(0) @ (x_W - x) ** 2 + cover_HW.sum(1) @ (y_H - y) ** 2) / mass
     soft = [best]
-    for shape in SHAPES:
+    for shape in shapes:
         for blurs in range(4):
-            radius = math.sqrt(max(spread - blurs, 1.0) / _SPREADS[shape])  # each blur spreads by a square pixel
-            strength = mass / (_AREAS[shape] * radius**2)
+            radius = math.sqrt(max(spread - blurs, 1.0) / _form(shape).spread)  # each blur spreads by a square pixel
+            strength = mass / (_form(shape).area * radius**2)
             if 0.95 <= strength <= 1.7:
                 soft.append(_fit(cover_HW / np.float32(strength), shape, x, y, radius, strength, (blurs,)))
     return max(soft, key=lambda fit: fit.match)
@@ -223,7 +248,7 @@ def _fit(
 ) -> _Fit:
     """The template with its centre of mass at (x, y), blurred as often as fits best."""
     height, width = cover_HW.shape
-    y -= radius * _DROP.get(shape, 0.0)
+    y -= radius * _form(shape).drop
     x_1W = (np.arange(width, dtype=np.float32) + np.float32(0.5 - x))[None, :]
     y_H1 = (np.arange(height, dtype=np.float32) + np.float32(0.5 - y))[:, None]
     template_HW = coverage(shape, x_1W, y_H1, radius)

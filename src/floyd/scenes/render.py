@@ -10,7 +10,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from floyd.scenes.scene import SHAPES, Scene, Thing, color_255
+from floyd.scenes.scene import NEW_SHAPES, SHAPES, Scene, Thing, color_255
 
 # All in radii of the thing.
 SQUARE_HALF_SIDE = 0.88
@@ -19,6 +19,8 @@ STAR_NOTCH = 0.48  # radius of the inner corners
 CROSS_HALF_LENGTH = 0.96
 CROSS_HALF_WIDTH = 0.32
 RING_HOLE = 0.55
+CRESCENT_HOLE = 0.78
+CRESCENT_RISE = 0.5  # of the hole's centre over the disc's: the crescent lies like a bowl
 
 F = np.float32
 Array = npt.NDArray[np.float32]
@@ -35,6 +37,10 @@ def coverage(shape: str, x_HW: Array, y_HW: Array, radius: float) -> Array:
         distance_HW = np.sqrt(x_HW * x_HW + y_HW * y_HW)
         disc_HW = _inside(distance_HW - F(radius))
         return disc_HW if shape == "circle" else disc_HW - _inside(distance_HW - F(radius * RING_HOLE))
+    if shape == "crescent":
+        disc_HW = _inside(np.sqrt(x_HW * x_HW + y_HW * y_HW) - F(radius))
+        above_HW = y_HW + F(radius * CRESCENT_RISE)
+        return disc_HW * (F(1) - _inside(np.sqrt(x_HW * x_HW + above_HW * above_HW) - F(radius * CRESCENT_HOLE)))
     if shape == "square":
         return _box(x_HW, y_HW, radius * SQUARE_HALF_SIDE, radius * SQUARE_HALF_SIDE)
     if shape == "triangle":
@@ -47,7 +53,7 @@ def coverage(shape: str, x_HW: Array, y_HW: Array, radius: float) -> Array:
         return both_HW - _box(x_HW, y_HW, width, width)
     if shape == "star":
         return _star(x_HW, y_HW, radius)
-    raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}.")
+    raise ValueError(f"shape must be one of {', '.join(SHAPES + NEW_SHAPES)}, got {shape!r}.")
 
 
 def _inside(distance_HW: Array) -> Array:

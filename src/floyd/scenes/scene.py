@@ -17,6 +17,7 @@ import numpy.typing as npt
 Color = npt.NDArray[np.float32]
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+NEW_SHAPES = ("crescent",)  # that the built-in model never saw, to be taught to it
 SIZES = ("small", "large")
 RADII = {"small": (0.11, 0.13), "large": (0.20, 0.22)}
 RELATIONS = ("left of", "right of", "above", "below")
@@ -80,7 +81,7 @@ class Thing:
     radius: float
 
     def __post_init__(self) -> None:
-        _one_of(self.shape, "shape", SHAPES)
+        _one_of(self.shape, "shape", SHAPES + NEW_SHAPES)
         _one_of(self.color, "color", tuple(RGB))
         _one_of(self.size, "size", SIZES)
         if not (self.radius > 0 and math.isfinite(self.x) and math.isfinite(self.y)):
