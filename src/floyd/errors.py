@@ -2,6 +2,7 @@
 
 FloydError
 ├── ConfigError (ValueError)         a configuration asks for what floyd cannot honour
+├── EngineError (RuntimeError)       a faster engine cannot be built here, or not for this network
 ├── SafetyError                      the safety checker objects to a picture, or could not look at it
 └── CheckpointError (OSError)        a checkpoint's files are missing, broken or of another shape
     └── DownloadError                the files are on the hub and could not be fetched
@@ -16,6 +17,10 @@ class FloydError(Exception):
 
 class ConfigError(FloydError, ValueError):
     """A configuration asks for something that floyd cannot honour."""
+
+
+class EngineError(FloydError, RuntimeError):
+    """An engine cannot run on this machine, or not this network; floyd without it can."""
 
 
 class SafetyError(FloydError):

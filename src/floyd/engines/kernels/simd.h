@@ -1,0 +1,89 @@
+// Vectors of floats through the compiler's vector extension: one source for AVX-512, AVX2, NEON and plain C++.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace floyd {
+
+// LANES floats per vector; ROWS x 2 vectors are what a matrix product keeps in registers.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 12;
+#elif defined(__AVX__)
+constexpr int LANES = 8, ROWS = 6;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, ROWS = 12;
+#else
+constexpr int LANES = 4, ROWS = 4;
+#endif
+constexpr int PANEL = 2 * LANES;
+
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef float loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+
+static inline vec load(const float* from) { return *reinterpret_cast<const loose*>(from); }
+static inline void store(float* to, vec value) { *reinterpret_cast<loose*>(to) = value; }
+static inline vec splat(float value) { return value - vec{}; }
+static inline vec least(vec a, vec b) { return a < b ? a : b; }
+static inline vec most(vec a, vec b) { return a > b ? a : b; }
+
+static inline float total(vec v) {
+  float sum = 0;
+  for (int i = 0; i < LANES; i++) sum += v[i];
+  return sum;
+}
+
+static inline float highest(vec v) {
+  float best = v[0];
+  for (int i = 1; i < LANES; i++) best = std::max(best, v[i]);
+  return best;
+}
+
+// e^x to two units in the last place: x = n ln 2 + r, and a polynomial in r (Cephes' expf).
+static inline vec vexp(vec x) {
+  x = most(least(x, splat(88.0f)), splat(-87.0f));
+  const vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const vec n = (x * 1.44269504f + magic) - magic;
+  vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  const ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
+  vec two_to_n;
+  std::memcpy(&two_to_n, &power, sizeof power);
+  return p * two_to_n;
+}
+
+enum Act { NONE, SILU, GELU, MISH, RELU };
+
+// x Phi(x), the exact one; erf to 1.5e-7 (Abramowitz and Stegun 7.1.26).
+static inline vec vgelu(vec x) {
+  const vec zero{}, z = x * 0.70710678f, size = z < zero ? -z : z;
+  const vec t = 1.0f / (size * 0.3275911f + 1.0f);
+  vec p = t * 1.061405429f - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const vec tail = (x * 0.5f) * (p * t * vexp(zero - z * z));  // x / 2 (1 - |erf|)
+  return x >= zero ? x - tail : tail;
+}
+
+static inline vec activated(vec x, int act) {
+  const vec zero{};
+  if (act == GELU) return vgelu(x);
+  if (act == SILU) return x / (vexp(zero - x) + 1.0f);
+  if (act == RELU) return x < zero ? zero : x;
+  if (act == MISH) {  // x tanh(log(1 + e^x))
+    const vec e = vexp(least(x, splat(20.0f))), s = e * (e + 2.0f);
+    return x * s / (s + 2.0f);
+  }
+  return x;
+}
+
+}  // namespace floyd
