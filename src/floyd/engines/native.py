@@ -31,7 +31,7 @@ _TIMEOUT_S = 300
 _POINTERS = "x x2 weight bias add scale shift text_k text_v text_bias rows columns groups out".split()
 _NUMBERS = (
     "batch height width x_height x_width channels channels2 out_channels bias_stride film_stride add_is_halved "
-    "is_doubled pools num_groups act kernel stride padding heads head_width text looks_at_pixels"
+    "is_doubled pools num_groups act tile kernel stride padding heads head_width text looks_at_pixels"
 ).split()
 
 
@@ -84,6 +84,7 @@ class Kernels:
         channels: int,
         out_channels: int,
         factor: float,
+        tile: int,
         packed: int,
         threads: int,
     ) -> None:
@@ -91,7 +92,7 @@ class Kernels:
         long, pointer = ctypes.c_int64, ctypes.c_void_p
         self._pack(
             pointer(weight), long(outs), long(ins), pointer(place), long(channels), long(out_channels),
-            ctypes.c_double(factor), pointer(packed), ctypes.c_int32(threads),
+            ctypes.c_double(factor), long(tile), pointer(packed), ctypes.c_int32(threads),
         )  # fmt: skip
 
 

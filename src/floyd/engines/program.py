@@ -17,6 +17,8 @@ from floyd.engines.native import ACTS, KINDS, Kernels, Op
 from floyd.engines.weights import Segments, Weights, padded, width
 from floyd.errors import EngineError
 
+_FEW_TILES = 12
+
 _ACTS: dict[type[nn.Module], str] = {nn.SiLU: "silu", nn.GELU: "gelu", nn.Mish: "mish", nn.ReLU: "relu"}
 
 
@@ -118,7 +120,8 @@ class Program:
         is_plain = conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
         assert is_plain and isinstance(padding, int), "the UNet's constructor makes no other convolutions"
         if (kernel, stride, padding) == (3, 1, 1):
-            kind, weight = "conv3", self.weights.conv3(conv, x.segments, factor)
+            kind, fields["tile"] = "conv3", self._tile(height, wide)
+            weight = self.weights.conv3(conv, x.segments, factor, fields["tile"])
         else:
             assert add is None and film is None and factor == 1
             kind, weight = "conv", self.weights.conv(conv, x.segments)
@@ -223,6 +226,10 @@ class Program:
             buffer = torch.empty(floats)
             self._held.append(buffer)
         return Map(buffer, segments, height, wide)
+
+    def _tile(self, height: int, wide: int) -> int:
+        """Large tiles save products; few of them wait for the weights, of which small ones have fewer."""
+        return 2 if self.batch * -(-height // 4) * -(-wide // 4) <= _FEW_TILES else 4
 
     def _sum(self, add: Map | None, segments: Segments, height: int, wide: int) -> Map:
         """For what something is added to: in the place of that, if nobody else needs it."""

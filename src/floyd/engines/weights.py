@@ -73,35 +73,45 @@ class Weights:
 
     kernels: Kernels
     _packed: dict[tuple[object, ...], _Packed] = field(default_factory=dict)
+    _watched: tuple[Tensor, ...] = ()
+    _seen: list[int] = field(default_factory=list)
+
+    def follow(self) -> None:
+        """Pack anew what was written to since, as far as torch counts writes. Costs next to nothing."""
+        if self._seen != _counts(self._watched):
+            self.refresh()
 
     @torch.no_grad()
-    def refresh(self, *, probing: bool = False) -> bool:
-        """Pack anew what was changed since; whether there was any.
+    def refresh(self, *, probing: bool = False) -> None:
+        """Pack anew what was changed since: other tensors in the place of these, too. torch does not count writes
+        through `.data`: `probing` looks at some of the numbers."""
+        for packed in self._packed.values():
+            if _has_changed(packed, probing=probing):
+                packed.tensor.zero_()
+                self._fill(packed)
+        self._watch()
 
-        torch counts the writes to a tensor, but not those through `.data`: `probing` looks at some of the numbers.
-        """
-        changed = [packed for packed in self._packed.values() if _has_changed(packed, probing=probing)]
-        for packed in changed:
-            packed.tensor.zero_()
-            self._fill(packed)
-        return bool(changed)
+    def _watch(self) -> None:
+        tensors = {id(tensor): tensor for packed in self._packed.values() for tensor in packed.sources()}
+        self._watched = tuple(tensors.values())
+        self._seen = _counts(self._watched)
 
     def num_bytes(self) -> int:
         return sum(packed.tensor.nbytes for packed in self._packed.values())
 
-    def conv3(self, conv: nn.Conv2d, segments: Segments, factor: float = 1.0) -> Tensor:
-        """A 3 x 3 kernel, transformed."""
+    def conv3(self, conv: nn.Conv2d, segments: Segments, factor: float, tile: int) -> Tensor:
+        """A 3 x 3 kernel, transformed for tiles of 2 x 2 or 4 x 4 pixels."""
         rows, columns = width(segments), padded(conv.out_channels)
         place_K = places(segments).to(torch.int32)
 
         def fill(tensor: Tensor) -> None:
             weight = conv.weight.detach().contiguous()
             self.kernels.pack_conv3(
-                weight.data_ptr(), *weight.shape[:2], place_K.data_ptr(), rows, columns, factor, tensor.data_ptr(),
-                torch.get_num_threads(),
+                weight.data_ptr(), *weight.shape[:2], place_K.data_ptr(), rows, columns, factor, tile,
+                tensor.data_ptr(), torch.get_num_threads(),
             )  # fmt: skip
 
-        return self._kept(("conv3", conv, segments, factor), lambda: (conv.weight,), 36 * rows * columns, fill)
+        return self._kept(("conv3", conv, segments, factor, tile), lambda: (conv.weight,), (tile + 2) ** 2 * rows * columns, fill)
 
     def conv(self, conv: nn.Conv2d, segments: Segments) -> Tensor:
         """A kernel of any size, as a matrix with a row for each tap and channel."""
@@ -191,6 +201,8 @@ class Weights:
             packed = _Packed(sources, fill, torch.zeros(size))
             self._fill(packed)
             self._packed[key] = packed
+            self._watched += packed.sources()
+            self._seen = _counts(self._watched)
         return self._packed[key].tensor
 
     def _fill(self, packed: _Packed) -> None:
@@ -215,7 +227,15 @@ def _has_changed(packed: _Packed, *, probing: bool) -> bool:
 
 
 def _seen(sources: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in sources)
+    return tuple((tensor.data_ptr(), _count(tensor)) for tensor in sources)
+
+
+def _counts(tensors: tuple[Tensor, ...]) -> list[int]:
+    return [_count(tensor) for tensor in tensors]
+
+
+def _count(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ class WinogradUNet:
         film_BF = self._film(timestep, x_BCHW, context)
         out_BCHW = x_BCHW.new_empty(len(x_BCHW), self.config.out_channels, *x_BCHW.shape[-2:])
         with self._lock:
-            self._weights.refresh()
+            self._weights.follow()
             program = self._program(x_BCHW, context)
             program.film_BF.copy_(film_BF)
             for op, layer in program.looks:

@@ -63,7 +63,7 @@ int64_t floyd_op_bytes() { return sizeof(Op); }
 // How many floats of scratch an operation needs.
 int64_t floyd_work(const Op* op, int32_t threads) {
   switch (op->kind) {
-    case CONV3: return Tiling(*op).work(*op) * threads;
+    case CONV3: return conv3_work(*op, threads);
     case CONV: return conv_rows(*op) * op->kernel * op->kernel * op->channels * threads;
     case NORM: return norm_work(*op);
     case ATTENTION: return attention_work(*op, threads);
@@ -82,7 +82,8 @@ void floyd_run(const Op* ops, int64_t count, float* work, int32_t threads, doubl
 }
 
 void floyd_pack_conv3(const float* weight, int64_t outs, int64_t ins, const int32_t* place, int64_t channels,
-                      int64_t out_channels, double factor, float* packed, int32_t threads) {
-  pack_conv3(weight, outs, ins, place, channels, out_channels, factor, packed, threads);
+                      int64_t out_channels, double factor, int64_t tile, float* packed, int32_t threads) {
+  const auto pack = tile == Two::OUT ? pack_conv3<Two> : pack_conv3<Four>;
+  pack(weight, outs, ins, place, channels, out_channels, factor, packed, threads);
 }
 }

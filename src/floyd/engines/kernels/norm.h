@@ -73,29 +73,38 @@ static inline void norm_affine(const Op& op, const float* sums, float* scale, fl
   delete[] mean;
 }
 
-template <int ACT>
+template <int ACT, bool POOLS>
 static inline void norm_row(const Op& op, int64_t row, const float* scale, const float* shift) {
   const int64_t channels = op.channels + op.channels2, image = row / op.height, y = row % op.height;
   scale += image * channels, shift += image * channels;
-  for (int64_t x = 0; x < op.width; x++) {
-    float* out = op.out + (row * op.width + x) * channels;
-    const int64_t taps = op.pools ? 4 : 1;
-    const int64_t base = (image * op.x_height + (op.pools ? 2 * y : y)) * op.x_width + (op.pools ? 2 * x : x);
-    for (int half = 0; half < (op.channels2 ? 2 : 1); half++) {
-      const int64_t width = half ? op.channels2 : op.channels, offset = half ? op.channels : 0;
-      const float* from = (half ? op.x2 : op.x) + base * width;
-      for (int64_t k = 0; k < width; k += LANES) {
-        const vec a = load(scale + offset + k), b = load(shift + offset + k);
-        vec value = activated(load(from + k) * a + b, ACT);
-        if (taps == 4) {
-          value += activated(load(from + width + k) * a + b, ACT);
-          value += activated(load(from + op.x_width * width + k) * a + b, ACT);
-          value += activated(load(from + (op.x_width + 1) * width + k) * a + b, ACT);
-          value *= 0.25f;
-        }
-        store(out + offset + k, value);
+  for (int64_t k = 0; k < channels; k += LANES) {
+    const bool is_second = k >= op.channels;
+    const int64_t stride = is_second ? op.channels2 : op.channels, below = op.x_width * stride;
+    const float* from = is_second ? op.x2 + k - op.channels : op.x + k;
+    from += (image * op.x_height + (POOLS ? 2 * y : y)) * below;
+    float* out = op.out + row * op.width * channels + k;
+    const vec a = load(scale + k), b = load(shift + k);
+    for (int64_t x = 0; x < op.width; x++, out += channels) {
+      vec value;
+      if (POOLS) {
+        const float* first = from + 2 * x * stride;
+        value = activated(load(first) * a + b, ACT) + activated(load(first + stride) * a + b, ACT);
+        value += activated(load(first + below) * a + b, ACT) + activated(load(first + below + stride) * a + b, ACT);
+        value *= 0.25f;
+      } else {
+        value = activated(load(from + x * stride) * a + b, ACT);
       }
+      store(out, value);
     }
+  }
+}
+
+template <int ACT>
+static inline void norm_rows(const Op& op, const float* scale, const float* shift, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t row = 0; row < op.batch * op.height; row++) {
+    if (op.pools) norm_row<ACT, true>(op, row, scale, shift);
+    else norm_row<ACT, false>(op, row, scale, shift);
   }
 }
 
@@ -115,13 +124,12 @@ static inline void norm(const Op& op, float* work, int threads) {
     chunk_sums(x2, x2 + from * op.channels2, count, op.channels2, sum + op.channels, square + op.channels);
   }
   norm_affine(op, sums, scale, shift);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < op.batch * op.height; row++) {
-    if (op.act == GELU) norm_row<GELU>(op, row, scale, shift);
-    else if (op.act == SILU) norm_row<SILU>(op, row, scale, shift);
-    else if (op.act == MISH) norm_row<MISH>(op, row, scale, shift);
-    else if (op.act == RELU) norm_row<RELU>(op, row, scale, shift);
-    else norm_row<NONE>(op, row, scale, shift);
+  switch (op.act) {
+    case GELU: return norm_rows<GELU>(op, scale, shift, threads);
+    case SILU: return norm_rows<SILU>(op, scale, shift, threads);
+    case MISH: return norm_rows<MISH>(op, scale, shift, threads);
+    case RELU: return norm_rows<RELU>(op, scale, shift, threads);
+    default: return norm_rows<NONE>(op, scale, shift, threads);
   }
 }
 

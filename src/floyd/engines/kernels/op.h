@@ -28,6 +28,7 @@ struct Op {
   int64_t is_doubled;            // rows and columns repeat every pixel twice
   int64_t pools;                 // the result is the mean of 2 x 2
   int64_t num_groups, act;
+  int64_t tile;                  // the side that Winograd's products give: 2 or 4
   int64_t kernel, stride, padding;
   int64_t heads, head_width, text, looks_at_pixels;
   float eps, alpha, factor;

@@ -4,6 +4,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace floyd {
 
@@ -41,6 +44,16 @@ static inline float highest(vec v) {
   return best;
 }
 
+// 1 / x, for x that are neither 0 nor huge.
+static inline vec inverse(vec x) {
+#ifdef __AVX512F__  // a division takes eight times as long as this and is as exact
+  const vec guess = (vec)_mm512_rcp14_ps((__m512)x);
+  return guess * (2.0f - x * guess);
+#else
+  return 1.0f / x;
+#endif
+}
+
 // e^x to two units in the last place: x = n ln 2 + r, and a polynomial in r (Cephes' expf).
 static inline vec vexp(vec x) {
   x = most(least(x, splat(88.0f)), splat(-87.0f));
@@ -65,7 +78,7 @@ enum Act { NONE, SILU, GELU, MISH, RELU };
 // x Phi(x), the exact one; erf to 1.5e-7 (Abramowitz and Stegun 7.1.26).
 static inline vec vgelu(vec x) {
   const vec zero{}, z = x * 0.70710678f, size = z < zero ? -z : z;
-  const vec t = 1.0f / (size * 0.3275911f + 1.0f);
+  const vec t = inverse(size * 0.3275911f + 1.0f);
   vec p = t * 1.061405429f - 1.453152027f;
   p = p * t + 1.421413741f;
   p = p * t - 0.284496736f;
@@ -77,11 +90,11 @@ static inline vec vgelu(vec x) {
 static inline vec activated(vec x, int act) {
   const vec zero{};
   if (act == GELU) return vgelu(x);
-  if (act == SILU) return x / (vexp(zero - x) + 1.0f);
+  if (act == SILU) return x * inverse(vexp(least(zero - x, splat(80.0f))) + 1.0f);
   if (act == RELU) return x < zero ? zero : x;
   if (act == MISH) {  // x tanh(log(1 + e^x))
     const vec e = vexp(least(x, splat(20.0f))), s = e * (e + 2.0f);
-    return x * s / (s + 2.0f);
+    return x * s * inverse(s + 2.0f);
   }
   return x;
 }

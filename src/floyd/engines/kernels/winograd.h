@@ -1,42 +1,72 @@
-// Convolutions. 3 x 3 at stride 1: Winograd's F(4 x 4, 3 x 3) (Lavin and Gray, arXiv:1509.09308), which needs 36 products
-// for the 16 x 9 of a tile. All others: pixels gathered into rows, times a matrix.
+// Convolutions. 3 x 3 at stride 1: Winograd's (Lavin and Gray, arXiv:1509.09308), which needs 36 products for a tile of
+// 4 x 4 pixels instead of 16 x 9. All others: pixels gathered into rows, times a matrix.
 #pragma once
 #include "gemm.h"
 #include "op.h"
 
 namespace floyd {
 
-// B^T d, for the points 0, +-1, +-2.
-static inline void to_points(const vec* d, int step, vec* out, int out_step) {
-  const vec d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
-  out[0] = d0 * 4.0f + (d4 - d2 * 5.0f);
-  vec even = d4 - d2 * 4.0f, odd = d3 - d1 * 4.0f;
-  out[out_step] = even + odd;
-  out[2 * out_step] = even - odd;
-  even = d4 - d2, odd = (d3 - d1) * 2.0f;
-  out[3 * out_step] = even + odd;
-  out[4 * out_step] = even - odd;
-  out[5 * out_step] = d1 * 4.0f + (d5 - d3 * 5.0f);
-}
+// F(4 x 4, 3 x 3), for the points 0, +-1, +-2: 36 products for 16 pixels.
+struct Four {
+  static constexpr int OUT = 4, POINTS = 6;
+  static constexpr double G[6][3] = {{1 / 4., 0, 0},          {-1 / 6., -1 / 6., -1 / 6.}, {-1 / 6., 1 / 6., -1 / 6.},
+                                     {1 / 24., 1 / 12., 1 / 6.}, {1 / 24., -1 / 12., 1 / 6.}, {0, 0, 1}};
 
-// A^T m
-static inline void from_points(const vec* m, int step, vec* out, int out_step) {
-  const vec plus = m[step] + m[2 * step], minus = m[step] - m[2 * step];
-  const vec plus2 = m[3 * step] + m[4 * step], minus2 = m[3 * step] - m[4 * step];
-  out[0] = m[0] + plus + plus2;
-  out[out_step] = minus + minus2 * 2.0f;
-  out[2 * out_step] = plus + plus2 * 4.0f;
-  out[3 * out_step] = minus + minus2 * 8.0f + m[5 * step];
-}
+  static inline void to_points(const vec* d, vec* out, int step) {  // B^T d
+    out[0] = d[0] * 4.0f + (d[4] - d[2] * 5.0f);
+    vec even = d[4] - d[2] * 4.0f, odd = d[3] - d[1] * 4.0f;
+    out[step] = even + odd;
+    out[2 * step] = even - odd;
+    even = d[4] - d[2], odd = (d[3] - d[1]) * 2.0f;
+    out[3 * step] = even + odd;
+    out[4 * step] = even - odd;
+    out[5 * step] = d[1] * 4.0f + (d[5] - d[3] * 5.0f);
+  }
 
+  static inline void from_points(const vec* m, vec* out, int step) {  // A^T m
+    const vec plus = m[1] + m[2], minus = m[1] - m[2], plus2 = m[3] + m[4], minus2 = m[3] - m[4];
+    out[0] = m[0] + plus + plus2;
+    out[step] = minus + minus2 * 2.0f;
+    out[2 * step] = plus + plus2 * 4.0f;
+    out[3 * step] = minus + minus2 * 8.0f + m[5];
+  }
+};
+
+// F(2 x 2, 3 x 3), for the points 0, +-1: 16 products for 4 pixels, and fewer weights to fetch, which is what a small
+// map waits for.
+struct Two {
+  static constexpr int OUT = 2, POINTS = 4;
+  static constexpr double G[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+
+  static inline void to_points(const vec* d, vec* out, int step) {
+    out[0] = d[0] - d[2];
+    out[step] = d[1] + d[2];
+    out[2 * step] = d[2] - d[1];
+    out[3 * step] = d[1] - d[3];
+  }
+
+  static inline void from_points(const vec* m, vec* out, int step) {
+    out[0] = m[0] + m[1] + m[2];
+    out[step] = m[1] - m[2] - m[3];
+  }
+};
+
+// Where every pixel stands twice, both give nothing but zeros to this point.
+constexpr int EMPTY_POINT = 2;
+
+template <class F>
 struct Tiling {
-  int64_t down, across, count;  // tiles of 4 x 4 pixels
+  static constexpr int64_t PRODUCTS = F::POINTS * F::POINTS;
+  int64_t down, across, count;  // tiles
   int64_t block;                // tiles whose products stay in the cache
   explicit Tiling(const Op& op) {
-    down = (op.height + 3) / 4, across = (op.width + 3) / 4, count = op.batch * down * across;
-    const int64_t fits = (int64_t{3} << 18) / (36 * (op.channels + op.out_channels));
-    const int64_t weights = 36 * op.channels * op.out_channels;
-    block = weights > (int64_t{1} << 18) ? std::max<int64_t>(fits, 8 * ROWS) : fits;
+    down = (op.height + F::OUT - 1) / F::OUT, across = (op.width + F::OUT - 1) / F::OUT;
+    count = op.batch * down * across;
+    // Half a megabyte of them; but all weights are fetched for each block, so that many weights want larger ones.
+    const int64_t fits = (int64_t{1} << 17) / (PRODUCTS * (op.channels + op.out_channels));
+    const int64_t weights = PRODUCTS * op.channels * op.out_channels;
+    const int64_t least = weights < int64_t{1} << 18 ? 1 : weights < int64_t{1} << 21 ? 4 : 10;
+    block = std::max(fits, least * ROWS);
     block = std::max<int64_t>(block / ROWS * ROWS, ROWS);
     const int64_t blocks = (count + block - 1) / block;
     block = (count + blocks - 1) / blocks;
@@ -44,7 +74,7 @@ struct Tiling {
   int64_t blocks() const { return (count + block - 1) / block; }
   int64_t v_step(const Op& op) const { return block * op.channels + 16; }  // +16: off the powers of two
   int64_t m_step(const Op& op) const { return block * op.out_channels + 16; }
-  int64_t work(const Op& op) const { return 36 * (v_step(op) + m_step(op)); }
+  int64_t work(const Op& op) const { return PRODUCTS * (v_step(op) + m_step(op)); }
 };
 
 static inline const float* zeros() {
@@ -52,12 +82,14 @@ static inline const float* zeros() {
   return none;
 }
 
-static inline void into_points(const Op& op, const Tiling& tiling, int64_t tile, float* v, int64_t v_step) {
+template <class F>
+static inline void into_points(const Op& op, const Tiling<F>& tiling, int64_t tile, float* v, int64_t v_step) {
+  constexpr int N = F::POINTS;
   const int64_t image = tile / (tiling.down * tiling.across), row = tile / tiling.across % tiling.down;
-  const int64_t top = row * 4 - 1, left = tile % tiling.across * 4 - 1;
-  const float* from[36];
-  for (int64_t i = 0; i < 36; i++) {
-    const int64_t y = top + i / 6, x = left + i % 6;
+  const int64_t top = row * F::OUT - 1, left = tile % tiling.across * F::OUT - 1;
+  const float* from[N * N];
+  for (int64_t i = 0; i < N * N; i++) {
+    const int64_t y = top + i / N, x = left + i % N;
     const bool inside = y >= 0 && y < op.height && x >= 0 && x < op.width;
     from[i] = zeros();
     if (!inside) continue;
@@ -65,34 +97,38 @@ static inline void into_points(const Op& op, const Tiling& tiling, int64_t tile,
     from[i] = op.x + ((image * op.x_height + own_y) * op.x_width + own_x) * op.channels;
   }
   for (int64_t k = 0; k < op.channels; k += LANES) {
-    vec d[6], half[36], out[6];
-    for (int x = 0; x < 6; x++) {
-      for (int y = 0; y < 6; y++) d[y] = load(from[y * 6 + x] + k);
-      to_points(d, 1, half + x, 6);
+    vec d[N], half[N * N], out[N];
+    for (int x = 0; x < N; x++) {
+      for (int y = 0; y < N; y++) d[y] = load(from[y * N + x] + k);
+      F::to_points(d, half + x, N);
     }
-    for (int y = 0; y < 6; y++) {
-      to_points(half + y * 6, 1, out, 1);
-      for (int x = 0; x < 6; x++) store(v + (y * 6 + x) * v_step + k, out[x]);
+    for (int y = 0; y < N; y++) {
+      F::to_points(half + y * N, out, 1);
+      for (int x = 0; x < N; x++) store(v + (y * N + x) * v_step + k, out[x]);
     }
   }
 }
 
-static inline void out_of_points(const Op& op, const Tiling& tiling, int64_t tile, const float* m, int64_t m_step) {
+template <class F>
+static inline void out_of_points(const Op& op, const Tiling<F>& tiling, int64_t tile, const float* m, int64_t m_step) {
+  constexpr int N = F::POINTS, OUT = F::OUT;
   const int64_t image = tile / (tiling.down * tiling.across), row = tile / tiling.across % tiling.down;
-  const int64_t top = row * 4, left = tile % tiling.across * 4;
-  const int64_t high = std::min<int64_t>(4, op.height - top), wide = std::min<int64_t>(4, op.width - left);
+  const int64_t top = row * OUT, left = tile % tiling.across * OUT;
+  const int64_t high = std::min<int64_t>(OUT, op.height - top), wide = std::min<int64_t>(OUT, op.width - left);
   const int64_t halved = op.add_is_halved ? 1 : 0, add_height = op.height >> halved, add_width = op.width >> halved;
   const float* bias = op.bias + image * op.bias_stride;
   for (int64_t k = 0; k < op.out_channels; k += LANES) {
-    vec points[6], half[24], out[4];
-    for (int x = 0; x < 6; x++) {
-      for (int y = 0; y < 6; y++)
-        points[y] = op.is_doubled && (x == 2 || y == 2) ? vec{} : load(m + (y * 6 + x) * m_step + k);
-      from_points(points, 1, half + x, 6);
+    vec points[N], half[OUT * N], out[OUT];
+    for (int x = 0; x < N; x++) {
+      for (int y = 0; y < N; y++) {
+        const bool is_empty = op.is_doubled && (x == EMPTY_POINT || y == EMPTY_POINT);
+        points[y] = is_empty ? vec{} : load(m + (y * N + x) * m_step + k);
+      }
+      F::from_points(points, half + x, N);
     }
     const vec shift = load(bias + k);
     for (int64_t y = 0; y < high; y++) {
-      from_points(half + y * 6, 1, out, 1);
+      F::from_points(half + y * N, out, 1);
       for (int64_t x = 0; x < wide; x++) {
         vec value = out[x] + shift;
         if (op.add) {
@@ -105,18 +141,18 @@ static inline void out_of_points(const Op& op, const Tiling& tiling, int64_t til
   }
 }
 
-// Tiles [first, first + count): to the points, 36 matrix products, back. Where every pixel stands twice, what belongs to
-// the third point is zero.
-static inline void tiles(const Op& op, const Tiling& tiling, int64_t first, int64_t count, float* work, int threads) {
+// Tiles [first, first + count): to the points, a matrix product at each, and back.
+template <class F>
+static inline void tiles(const Op& op, const Tiling<F>& tiling, int64_t first, int64_t count, float* work, int threads) {
   const int64_t v_step = tiling.v_step(op), m_step = tiling.m_step(op);
   const int64_t panels = (op.out_channels + PANEL - 1) / PANEL;
-  float *v = work, *m = work + 36 * v_step;
+  float *v = work, *m = work + tiling.PRODUCTS * v_step;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < count; i++) into_points(op, tiling, first + i, v + i * op.channels, v_step);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < 36 * panels; i++) {
+  for (int64_t i = 0; i < tiling.PRODUCTS * panels; i++) {
     const int64_t point = i / panels, column = i % panels * PANEL;
-    if (op.is_doubled && (point / 6 == 2 || point % 6 == 2)) continue;
+    if (op.is_doubled && (point / F::POINTS == EMPTY_POINT || point % F::POINTS == EMPTY_POINT)) continue;
     const int64_t width = std::min<int64_t>(PANEL, op.out_channels - column);
     const float* weight = op.weight + (point * op.out_channels + column) * op.channels;
     panel(count, v + point * v_step, op.channels, weight, width, m + point * m_step + column, op.out_channels,
@@ -126,8 +162,9 @@ static inline void tiles(const Op& op, const Tiling& tiling, int64_t first, int6
   for (int64_t i = 0; i < count; i++) out_of_points(op, tiling, first + i, m + i * op.out_channels, m_step);
 }
 
-static inline void conv3(const Op& op, float* work, int threads) {
-  const Tiling tiling(op);
+template <class F>
+static inline void conv3_by(const Op& op, float* work, int threads) {
+  const Tiling<F> tiling(op);
   const int64_t blocks = tiling.blocks();
   const bool shares = blocks < 2 * threads;  // the threads work on one block together
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && !shares)
@@ -136,6 +173,14 @@ static inline void conv3(const Op& op, float* work, int threads) {
     float* own = shares ? work : work + thread_number() * tiling.work(op);
     tiles(op, tiling, first, count, own, shares ? threads : 1);
   }
+}
+
+static inline void conv3(const Op& op, float* work, int threads) {
+  return op.tile == Two::OUT ? conv3_by<Two>(op, work, threads) : conv3_by<Four>(op, work, threads);
+}
+
+static inline int64_t conv3_work(const Op& op, int threads) {
+  return threads * (op.tile == Two::OUT ? Tiling<Two>(op).work(op) : Tiling<Four>(op).work(op));
 }
 
 static inline int64_t conv_rows(const Op& op) {
@@ -173,11 +218,10 @@ static inline void conv(const Op& op, float* work, int threads) {
   }
 }
 
-// G w G^T of a [out, in, 3, 3] kernel into [36][panel][channels][PANEL]; `place` is where a channel of the input lies.
+// G w G^T of a [out, in, 3, 3] kernel into [products][panel][channels][PANEL]; `place`: where an input channel lies.
+template <class F>
 static inline void pack_conv3(const float* w, int64_t outs, int64_t ins, const int32_t* place, int64_t channels,
                               int64_t out_channels, double factor, float* packed, int threads) {
-  static const double g[6][3] = {{1 / 4., 0, 0},          {-1 / 6., -1 / 6., -1 / 6.}, {-1 / 6., 1 / 6., -1 / 6.},
-                                 {1 / 24., 1 / 12., 1 / 6.}, {1 / 24., -1 / 12., 1 / 6.}, {0, 0, 1}};
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t block = 0; block < outs; block += PANEL)
     for (int64_t i = 0; i < ins; i++)
@@ -185,13 +229,13 @@ static inline void pack_conv3(const float* w, int64_t outs, int64_t ins, const i
         const float* kernel = w + (o * ins + i) * 9;
         const int64_t width = std::min<int64_t>(PANEL, out_channels - block);
         float* to = packed + block * channels + place[i] * width + (o - block);
-        for (int y = 0; y < 6; y++) {
+        for (int y = 0; y < F::POINTS; y++) {
           double half[3];
           for (int x = 0; x < 3; x++)
-            half[x] = g[y][0] * kernel[x] + g[y][1] * kernel[3 + x] + g[y][2] * kernel[6 + x];
-          for (int x = 0; x < 6; x++)
-            to[(y * 6 + x) * channels * out_channels] =
-                static_cast<float>(factor * (g[x][0] * half[0] + g[x][1] * half[1] + g[x][2] * half[2]));
+            half[x] = factor * (F::G[y][0] * kernel[x] + F::G[y][1] * kernel[3 + x] + F::G[y][2] * kernel[6 + x]);
+          for (int x = 0; x < F::POINTS; x++)
+            to[(y * F::POINTS + x) * channels * out_channels] =
+                static_cast<float>(F::G[x][0] * half[0] + F::G[x][1] * half[1] + F::G[x][2] * half[2]);
         }
       }
 }
