@@ -14,6 +14,7 @@ from tests.adapters.lora_files import T5_LAYERS, Layers, made_up
 from torch import Tensor, nn
 
 from floyd import IFPipeline
+from floyd.runtime.quantize import quantize
 
 
 class Int8(nn.Module):
@@ -119,3 +120,22 @@ def test_the_factors_have_the_precision_of_the_network(networks: dict[str, Any])
     pipe.load_lora_weights(lora_files.peft(made_up(networks["one"])))
     assert {p.dtype for name, p in pipe.unet.named_parameters() if "lora_" in name} == {torch.bfloat16}
     assert answer(pipe.unet.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
+def test_lora_acts_beside_the_weights_that_floyd_quantizes(pipe: IFPipeline, name: str) -> None:
+    """As it acts beside the same weights written out."""
+    layers = made_up(pipe.unet)
+    quantize(pipe.unet, name)
+    plain = deepcopy(pipe.unet)
+    for path in layers:
+        stored = plain.get_submodule(path)
+        linear = nn.Linear(stored.in_features, stored.out_features)
+        linear.weight.data, linear.bias = stored.dequantized(), stored.bias
+        plain.set_submodule(path, linear)
+    before, wanted = answer(pipe.unet), answer(lora_files.merged(plain, (layers, 1.0)))
+    pipe.load_lora_weights(lora_files.peft(layers))
+    assert (wanted - before).abs().max() > 1e-3
+    torch.testing.assert_close(answer(pipe.unet), wanted, atol=1e-5, rtol=0)
+    pipe.unload_lora_weights()
+    assert torch.equal(answer(pipe.unet), before)
