@@ -43,8 +43,12 @@ def stages(theirs: Any, network: Any) -> tuple[Any, Any]:
 
     keys = {"tokenizer": None, "text_encoder": None, "safety_checker": None, "feature_extractor": None}
     keys |= {"watermarker": None, "requires_safety_checker": False}
-    incumbent = diffusers.IFPipeline(unet=theirs, scheduler=diffusers.DDPMScheduler.from_pretrained(SCHEDULER, subfolder="scheduler"), **keys)
-    pipe = floyd.IFPipeline(unet=network, scheduler=floyd.DDPMScheduler.from_pretrained(SCHEDULER, subfolder="scheduler"), **keys)
+    incumbent = diffusers.IFPipeline(
+        unet=theirs, scheduler=diffusers.DDPMScheduler.from_pretrained(SCHEDULER, subfolder="scheduler"), **keys
+    )
+    pipe = floyd.IFPipeline(
+        unet=network, scheduler=floyd.DDPMScheduler.from_pretrained(SCHEDULER, subfolder="scheduler"), **keys
+    )
     for stage in (incumbent, pipe):
         stage.set_progress_bar_config(disable=True)
     return incumbent, pipe
@@ -86,7 +90,10 @@ def measured(size: str, options: argparse.Namespace) -> dict[str, Any]:
     for what, table in tables.items():
         print(f"\n{size}, {what}")
         for name, row in table.items():
-            print(f"  {name:20} {row['ratio']:6.3f}x {row['median'] * 1e3:10.1f} ms   error {row['error']:.1e}", flush=True)
+            print(
+                f"  {name:20} {row['ratio']:6.3f}x {row['median'] * 1e3:10.1f} ms   error {row['error']:.1e}",
+                flush=True,
+            )
     return {"clock": options.clock, **tables}
 
 

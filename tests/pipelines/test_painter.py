@@ -11,8 +11,8 @@ from torch import nn
 
 from floyd.diffusion.engine import STOP
 from floyd.pipelines.painter import Task
-from floyd.runtime.switches import Switches
 from floyd.runtime.placement import OneAtATime
+from floyd.runtime.switches import Switches
 
 POSITIVE, NEGATIVE = tiny.embeds()
 TEXT: dict[str, Any] = {"prompt_embeds": POSITIVE, "negative_prompt_embeds": NEGATIVE}

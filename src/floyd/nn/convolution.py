@@ -92,7 +92,10 @@ class PackedDoubling:
     """The same with packed weights."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        self.weight, self.bias = transposed_kernel(conv.weight.detach()), None if conv.bias is None else conv.bias.detach()
+        self.weight, self.bias = (
+            transposed_kernel(conv.weight.detach()),
+            None if conv.bias is None else conv.bias.detach(),
+        )
         self.places = ((1, 1), (0, 0), (2, 2), (1, 1), 1)  # padding, that of the output, stride, dilation, groups
         self.laid_out: tuple[list[int], Tensor | None] = ([], None)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from floyd.nn.convolution import Convolutions, doubled
+from floyd.nn.convolution import Convolutions
 from floyd.nn.resnet import ResnetBlock, Upsample
 from floyd.nn.rewrites import elementwise, is_exactly
 
@@ -19,13 +19,9 @@ class ReadyResnet:
 
     def __init__(self, block: ResnetBlock, convolutions: Convolutions) -> None:
         self.block = block
-        self.folds = (
-            convolutions.rewrites.fold_scale_shift and block.is_film and is_exactly(block.norm2, nn.GroupNorm)
-        )
+        self.folds = convolutions.rewrites.fold_scale_shift and block.is_film and is_exactly(block.norm2, nn.GroupNorm)
         self.width = block.norm2.num_channels * (2 if block.is_film else 1)
-        self.conv1 = (
-            convolutions.doubling(block.conv1) if block.resample == "up" else convolutions.ready(block.conv1)
-        )
+        self.conv1 = convolutions.doubling(block.conv1) if block.resample == "up" else convolutions.ready(block.conv1)
         self.conv2 = convolutions.ready(block.conv2)
         self.conv_shortcut = convolutions.ready(block.conv_shortcut)
 

@@ -170,7 +170,8 @@ class DiffusionPipeline:
     def from_pipe(cls, pipeline: DiffusionPipeline, **given: Any) -> Self:
         """This class over another pipeline's components, which both share from then on; nothing is loaded or copied.
 
-        A component or value given as a keyword takes its place. The other's offloading, switches and progress bar come along.
+        A component or value given as a keyword takes its place. The other's offloading, switches and progress bar come
+        along.
         """
         if not isinstance(pipeline, DiffusionPipeline):
             raise TypeError(f"{cls.__name__}.from_pipe takes a pipeline, got a {type(pipeline).__name__}.")

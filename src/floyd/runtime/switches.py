@@ -1,6 +1,6 @@
 """How a picture is computed faster without becoming another: one switch for each way, to be measured alone.
 
-Every switch is exact up to rounding. What is on by itself depends on the device, by measurement: `benchmarks/ladder.py`.
+Every switch is exact up to rounding. `benchmarks/ladder.py` measures them; what is best for a device is on by itself.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Switches:
             value = getattr(self, field.name)
             if not isinstance(value, bool):
                 raise TypeError(f"The switch {field.name} is on or off, True or False; got {value!r}.")
-        if needed := [name for name in _NEED_READING if getattr(self, name)]:
-            if not self.read_once:
-                raise ValueError(f"{', '.join(needed)} can be on only if read_once is: there is nowhere else to keep them.")
+        needed = [name for name in _NEED_READING if getattr(self, name)]
+        if needed and not self.read_once:
+            raise ValueError(f"{', '.join(needed)} needs read_once too: what is made ready is kept with what was read.")
 
     @classmethod
     def off(cls) -> Self:

@@ -1,0 +1,118 @@
+"""Switches leave pictures as they are, and a picture never comes of weights that are no more."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from tests import tiny
+from torch import Tensor
+
+from floyd.pipelines.network import Networks
+from floyd.runtime.placement import LayerByLayer
+from floyd.runtime.switches import Switches
+
+POSITIVE, NEGATIVE = tiny.embeds()
+TEXT: dict[str, Any] = {"prompt_embeds": POSITIVE, "negative_prompt_embeds": NEGATIVE}
+LOW: dict[str, Any] = {**TEXT, "image": torch.zeros(1, 3, 32, 32)}
+TOLD = {"one": TEXT, "two": LOW, "three": LOW}
+ALONE = {f.name: Switches(**{"read_once": True, f.name: True}) for f in fields(Switches)}
+EVERY: dict[str, Switches] = {"off": Switches.off(), **ALONE, "on": Switches.on(), "gpu": Switches.best_for("cuda")}
+
+
+def paint(pipe: Any, **arguments: Any) -> Tensor:
+    given = {"num_inference_steps": 3, "output_type": "pt", "generator": torch.Generator().manual_seed(0), **arguments}
+    picture: Tensor = pipe(**given).images
+    return picture
+
+
+@pytest.fixture(scope="module")
+def plain(loaded: dict[str, Any]) -> dict[str, Tensor]:
+    pictures = {}
+    for stage, arguments in TOLD.items():
+        pipe = type(loaded[stage]).from_pipe(loaded[stage])
+        pipe.set_progress_bar_config(disable=True)
+        pipe.switches = Switches.off()
+        pictures[stage] = paint(pipe, **arguments)
+    return pictures
+
+
+@pytest.mark.parametrize("stage", TOLD)
+@pytest.mark.parametrize("switch", EVERY)
+def test_every_switch_leaves_the_picture(
+    ours: dict[str, Any], plain: dict[str, Tensor], stage: str, switch: str
+) -> None:
+    ours[stage].switches = EVERY[switch]
+    torch.testing.assert_close(paint(ours[stage], **TOLD[stage]), plain[stage], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("stage", TOLD)
+def test_weights_that_change_between_two_steps_paint_the_rest(ours: dict[str, Any], stage: str) -> None:
+    pipe = ours[stage]
+    weights = [pipe.unet.conv_in.weight, pipe.unet.mid_block.resnets[0].time_emb_proj.weight]
+
+    def change(_: Any, index: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if index == 0:
+            with torch.no_grad():
+                for weight in weights:
+                    weight.mul_(0.5)
+        return kwargs
+
+    def restored(switches: Switches, **more: Any) -> Tensor:
+        pipe.switches, before = switches, [weight.detach().clone() for weight in weights]
+        try:
+            return paint(pipe, **TOLD[stage], **more)
+        finally:
+            with torch.no_grad():
+                for weight, old in zip(weights, before, strict=True):
+                    weight.copy_(old)
+
+    untouched = restored(Switches.on())
+    changed = restored(Switches.on(), callback_on_step_end=change)
+    assert (changed - untouched).abs().max() > 1e-3
+    plainly = restored(Switches.off(), callback_on_step_end=change)
+    torch.testing.assert_close(changed, plainly, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("switch", ["off", "on"])
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_an_image_depends_on_itself_alone_whatever_is_on(ours: dict[str, Any], stage: str, switch: str) -> None:
+    pipe = ours[stage]
+    pipe.switches = EVERY[switch]
+    positive, negative = tiny.embeds(2)
+    low = {} if stage == "one" else {"image": torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)}
+
+    def painted(images: list[int]) -> Tensor:
+        own = {name: value[images] for name, value in low.items()}
+        text = {"prompt_embeds": positive[images], "negative_prompt_embeds": negative[images]}
+        generators = [torch.Generator().manual_seed(i) for i in images]
+        return paint(pipe, **text, **own, generator=generators, batch_invariant=True)
+
+    assert torch.equal(painted([0, 1])[1:], painted([1]))
+
+
+def test_branches_that_are_told_apart_share_the_copies_of_the_weights(ours: dict[str, Any]) -> None:
+    networks = Networks.of(ours["one"].unet, Switches.on(), (3, 2))
+    assert networks.ready is not None
+    assert networks.renewed().ready is not networks.ready
+
+
+def test_what_moves_layer_by_layer_is_left_as_it_is(ours: dict[str, Any], plain: dict[str, Tensor]) -> None:
+    pipe = ours["one"]
+    pipe._place(LayerByLayer(torch.device("cpu")))
+    with pipe._placement.use(pipe.unet) as unet:
+        assert Networks.of(unet, Switches.on()).ready is None
+    assert torch.equal(paint(pipe, **TEXT), plain["one"])
+
+
+def test_switches_are_what_was_set_and_the_best_until_then(ours: dict[str, Any]) -> None:
+    pipe = ours["one"]
+    assert pipe.switches == Switches.best_for("cpu")
+    pipe.switches = Switches(read_once=True)
+    assert type(pipe).from_pipe(pipe).switches == Switches(read_once=True)
+    pipe.switches = None
+    assert pipe.switches == Switches.best_for("cpu")
+    with pytest.raises(TypeError, match="Switches or None"):
+        pipe.switches = {"read_once": True}
