@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from functools import partial
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 from urllib.request import Request
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from floyd.store import weights
 
 
 def serve_pictures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -73,6 +76,13 @@ def quantize_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     plain = T5EncoderModel.from_pretrained
     monkeypatch.setattr(T5EncoderModel, "from_pretrained", load)
+
+
+def lay_out_a_single_t5(published: Path, folder: Path) -> None:
+    """The T5 of the published checkpoints as one file, as other programs have it."""
+    index = next(published.rglob("text_encoder/model.safetensors.index.json"))
+    state = {key: tensor.half() for key, tensor in weights.read(index.parent).items()}
+    weights.write_file(state, folder / "t5xxl_fp16.safetensors")
 
 
 def compile_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,7 @@ def test_the_blocks_of_a_page_run_one_after_the_other(
     standins.serve_pictures(monkeypatch)
     standins.quantize_without_bitsandbytes(monkeypatch)
     standins.compile_without_a_compiler(monkeypatch)
+    standins.lay_out_a_single_t5(published, tmp_path)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "docs"}
     for line, code in blocks(page):
