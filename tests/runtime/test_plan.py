@@ -79,7 +79,9 @@ def test_what_is_too_small_is_told_with_the_smallest_that_works() -> None:
     with pytest.raises(ValueError, match=r"0.2 GB of VRAM is too little for this: the smallest that works is 0.4 GB"):
         made("0.2GB")
     assert made("0.4GB")
-    with pytest.raises(ValueError, match=r"of RAM is too little for this: the smallest that works is (\S+) GB") as raised:
+    with pytest.raises(
+        ValueError, match=r"of RAM is too little for this: the smallest that works is (\S+) GB"
+    ) as raised:
         made("8GB", "1.6GB")
     smallest = str(raised.value).split()[-2]
     assert made("8GB", f"{smallest}GB")

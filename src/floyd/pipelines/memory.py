@@ -110,12 +110,13 @@ class Managed:
             peaks = [min(size, peak) for size, peak in zip(budget.cards, whole.plan.vram_peaks, strict=True)]
             budget = replace(budget, vram=tuple(int(SMALLER * peak) for peak in peaks))
         else:
-            budget = replace(budget, ram=int(SMALLER * min(budget.ram_bytes, whole.plan.ram_peak)))
+            base = whole.plan.base_bytes
+            budget = replace(budget, ram=base + int(SMALLER * (min(budget.ram_bytes, whole.plan.ram_peak) - base)))
         sizing = whole.sizing.with_fixed(found)
         try:
             made = plan(sizing.parts(), budget, sizing.machine, count=sizing.workload.count)
         except ValueError as error:
-            log.warning("There is no plan for less memory: %s", error)
+            log.info("There is no plan for less memory: %s", error)
             return False
         whole.sizing, whole.budget, whole.plan = sizing, budget, made
         return True
@@ -214,7 +215,7 @@ def make_room(stage: Painter, told: str) -> None:
     """Free what is free, and use less from now on."""
     release()
     is_planned = stage.memory is not None and stage.memory.shrink()
-    stage.use_less()
+    stage.use_less(is_planned=is_planned)
     log.warning(
         "Out of memory (%s). What could be freed is freed, and it is tried once more with %s. To begin with less, pass "
         "memory= to from_pretrained, such as memory='6GB'.",

@@ -230,9 +230,9 @@ class Painter(LoraPipeline):
         choice = memory.choice("unet")
         self.max_rows = None if choice is None else choice.max_rows
 
-    def use_less(self) -> None:
+    def use_less(self, *, is_planned: bool) -> None:
         """After memory ran out: what the plan says now, and where there is none the smallest pieces."""
-        if self.memory is not None:
+        if is_planned and self.memory is not None:
             self.manage(self.memory)
         else:
             self.max_rows = 1

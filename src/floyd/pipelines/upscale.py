@@ -203,9 +203,9 @@ class StableDiffusionUpscalePipeline(Painter):
         if choice is not None and self.vae is not None:
             self.vae.tile_side, self.vae.is_sliced = choice.way.tile, choice.max_rows == 1
 
-    def use_less(self) -> None:
-        super().use_less()
-        if self.memory is None and isinstance(self.vae, AutoencoderKL):
+    def use_less(self, *, is_planned: bool) -> None:
+        super().use_less(is_planned=is_planned)
+        if not is_planned and isinstance(self.vae, AutoencoderKL):
             self.vae.is_sliced = True
             self.vae.tile_side = min(self.vae.tile_side or 128, 128)
 
