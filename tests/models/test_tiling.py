@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def test_tiles_cover_everything_and_overlap(length: int, side: int) -> None:
     begins = starts(length, side)
     assert begins[0] == 0
     assert begins[-1] + side >= length
-    assert all(0 < later - sooner <= side * 0.75 for sooner, later in zip(begins, begins[1:], strict=False))
+    assert all(0 < later - sooner <= side * 0.75 for sooner, later in pairwise(begins))
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 40, 56), (3, 2, 16, 41), (1, 2, 9, 9)])

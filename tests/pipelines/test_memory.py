@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -257,3 +259,30 @@ def test_a_batch_in_pieces_is_the_same_batch(ours: dict[str, Any]) -> None:
         pipe.max_rows = 3
         pieces = pipe(**told, generator=torch.Generator().manual_seed(1)).images
         torch.testing.assert_close(pieces, whole, atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------ measured
+
+
+PREDICT = """
+import sys
+from pathlib import Path
+from floyd import Cascade
+from floyd.pipelines.sizing import Workload
+from floyd.runtime.budget import Budget
+
+size = int(sys.argv[1])
+cascade = Cascade.built_in(memory=Budget(vram=0), memory_for=Workload(size=size))
+cascade("a red circle", size=size, steps=2)
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(cascade.memory.plan.ram_peak, int(peak.split()[1]) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [64, 256, 1024])
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells a process's peak")
+def test_the_predicted_peak_of_main_memory_is_the_measured_one(size: int) -> None:
+    done = subprocess.run([sys.executable, "-c", PREDICT, str(size)], capture_output=True, text=True, check=True)
+    predicted, measured = map(int, done.stdout.split())
+    assert predicted == pytest.approx(measured, rel=0.1)

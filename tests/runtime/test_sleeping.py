@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from floyd.runtime.budget import process_bytes
 from floyd.runtime.placement import OneAtATime, WhereTheyAre, device_of, rest
 from floyd.runtime.sleeping import (
     can_sleep,
@@ -162,3 +163,18 @@ def test_one_that_came_from_nowhere_keeps_its_weights(net: Net) -> None:
 
 def test_release_may_always_be_called() -> None:
     release()
+
+
+def test_the_system_gets_the_memory_back_that_a_network_leaves() -> None:
+    def large() -> nn.Module:
+        return nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(24)]).requires_grad_(False)  # 100 MB
+
+    network = large()
+    remember(network, large)
+    before = process_bytes()
+    put_to_sleep(network)
+    release()
+    asleep = process_bytes()
+    assert before - asleep > 80_000_000
+    wake(network)
+    assert process_bytes() - asleep > 80_000_000

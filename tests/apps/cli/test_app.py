@@ -17,7 +17,7 @@ from floyd.apps.cli.refusals import Commands, refusing
 from floyd.errors import CheckpointError, DownloadError
 
 HEAVY = ("torch", "transformers", "numpy", "PIL", "huggingface_hub", "safetensors")
-COMMANDS = ("generate", "info", "judge", "eval", "train-mini", "download", "doctor")
+COMMANDS = ("generate", "info", "judge", "eval", "train-mini", "download", "plan", "doctor")
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,6 +40,7 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         ["eval", "--help"],
         ["download", "--help"],
         ["doctor", "--help"],
+        ["plan", "--help"],
         ["--version"],
     ],
 )

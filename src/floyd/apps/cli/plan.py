@@ -5,11 +5,12 @@ and the card that it is about need not be here.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from floyd.apps.cli.models import BUILT_IN, Ram, Variant, Vram, expanded_or_built_in
+from floyd.apps.cli.models import BUILT_IN, Ram, Variant, expanded_or_built_in
 from floyd.apps.cli.refusals import refusing
 
 if TYPE_CHECKING:
@@ -22,6 +23,15 @@ Model = Annotated[
         help="A folder of stages, or up to three folders or hub ids of pipelines; if-m, if-l, if-xl are DeepFloyd's, "
         f"{BUILT_IN} is floyd's own. They need not be downloaded.",
         show_default=False,
+    ),
+]
+CardSizes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE[,SIZE...]",
+        help="How much of the card's memory there is, as in 8GB; several sizes are compared, 12GB+12GB is two cards, "
+        "0 is none.",
+        show_default="what is free",
     ),
 ]
 PlanSize = Annotated[
@@ -42,7 +52,7 @@ WHERE = {
 
 def plan(
     model: Model,
-    vram: Vram = None,
+    vram: CardSizes = None,
     ram: Ram = None,
     size: PlanSize = None,
     count: PlanCount = 1,
@@ -54,12 +64,16 @@ def plan(
 
     Seconds are estimates, for the card that is here or for one of the middle class; bytes are meant to be kept.
     """
+    sizes = [None] if vram is None else [each.strip() for each in vram.split(",")]
     with refusing():
-        made = planned(model, vram=vram, ram=ram, size=size, count=count, variant=variant, exact=exact)
+        made = [
+            planned(model, vram=each, ram=ram, size=size, count=count, variant=variant, exact=exact) for each in sizes
+        ]
     if as_json:
-        print(json.dumps(made.to_json(), indent=2))
+        told = [one.to_json() for one in made]
+        print(json.dumps(told if len(sizes) > 1 else told[0], indent=2))
         return
-    for line in table(made):
+    for line in table(made[0]) if len(sizes) == 1 else comparison(sizes, made):
         print(line)
 
 
@@ -81,12 +95,13 @@ def planned(
     from floyd.runtime.machine import ANY_CARD, cpu, this_machine
     from floyd.runtime.plan import plan
 
-    budget = Budget(vram=vram, ram=ram, quantize=not exact)
+    cards = None if vram in (None, "auto") else tuple(parse_bytes(one, name="vram") for one in str(vram).split("+"))
+    budget = Budget(vram=cards, ram=ram, quantize=not exact)
     if machine is None:
         machine = this_machine()
-        if vram is not None and parse_bytes(vram, name="vram") == 0:
+        if cards is not None and not any(cards):
             machine = cpu()
-        elif vram is not None and not machine.has_card:
+        elif cards is not None and not machine.has_card:
             machine = ANY_CARD
     workload = Workload(size=parsed_size(size), count=count)
     sizing = Sizing.of_models(expanded_or_built_in(models), machine=machine, workload=workload, variant=variant)
@@ -102,6 +117,33 @@ def table(made: Plan) -> list[str]:
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
     ]
     return [*lines, "", *summary(made)]
+
+
+def comparison(sizes: Sequence[str | None], plans: Sequence[Plan]) -> list[str]:
+    """A row for each size of card, as Markdown has tables."""
+    names = [
+        choice.part for choice in plans[0].choices if choice.part.endswith(("unet", "stage_1.text_encoder", "vae"))
+    ]
+    head = ["`--vram`", *names, "peak of VRAM", "of RAM", "s/image"]
+    rows = [
+        [
+            f"`{size}`",
+            *(_brief(made[name]) for name in names),
+            f"{_gb(made.vram_peak)} GB",
+            f"{_gb(made.ram_peak)} GB",
+            f"{made.seconds_per_image:.1f}",
+        ]
+        for size, made in zip(sizes, plans, strict=True)
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
+
+
+def _brief(choice: Choice) -> str:
+    kind = choice.precision.quantization or choice.precision.dtype
+    share = f" {choice.resident_bytes / choice.num_bytes:.0%} there" if choice.place == "streamed" else ""
+    place = {"card": "stays", "visits": "comes", "streamed": "streamed", "cpu": "main memory"}[choice.place]
+    return f"{kind}, {place}{',' if share else ''}{share}"
 
 
 def summary(made: Plan) -> list[str]:
