@@ -35,8 +35,6 @@ from floyd.scenes.captions import Caption, caption
 from floyd.scenes.judge import read, verdict
 from floyd.scenes.render import render
 from floyd.scenes.scene import NEW_SHAPES, POSITIONS, SHAPES, Scene, sample_scene
-from floyd.store.weights import read_file
-from floyd.training.lora import NAME, attach
 
 SHAPE, WORD = NEW_SHAPES[0], "zorp"
 TAUGHT = (("red", "green", "blue", "yellow"), ("left", "right", "top", "bottom", "center"))  # colours, places
@@ -108,13 +106,7 @@ def taught(method: str, result: Path) -> Cascade:
     if method == "textual-inversion":
         pipe.load_textual_inversion(result)
         return cascade
-    own = METHODS[method]
-    attach(pipe.unet, rank=own["rank"], alpha=own["alpha"], targets=LAYERS)
-    state = read_file(result)
-    for path, layer in pipe.unet.named_modules():
-        if hasattr(layer, "lora_A"):
-            for part in ("lora_A", "lora_B"):
-                getattr(layer, part)[NAME].weight.data = state[f"unet.{path}.{part}.weight"]
+    pipe.load_lora_weights(result)
     return cascade
 
 

@@ -1,78 +1,51 @@
-"""LoRA to be trained (arXiv:2106.09685), and its file: PEFT's keys, which diffusers reads, too."""
+"""LoRA to be trained (arXiv:2106.09685), and its file."""
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Iterator, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from floyd.store.files import made
-from floyd.store.weights import write_file
+from floyd.adapters.attached import activate, layers_on, lora_layers
+from floyd.adapters.attached import attach as put_on
+from floyd.adapters.factors import Factors, Shape, layer_shapes
+from floyd.adapters.files import SAFE_NAME, write
 
 NAME = "default"
-FILE_NAME = "pytorch_lora_weights.safetensors"
+FILE_NAME = SAFE_NAME
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
-_METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for peft's configuration, keys prefixed by component
 
 
-def attach(unet: nn.Module, *, rank: int, alpha: float, targets: Sequence[str] = TARGETS, seed: int = 0) -> Any:
-    """Freeze the network and lay fresh LoRA over its layers, changing nothing yet: `up` is zero.
+def attach(unet: nn.Module, *, rank: int, alpha: float, targets: Sequence[str] = TARGETS, seed: int = 0) -> None:
+    """Freeze the network and lay fresh LoRA over the layers whose names end so, changing nothing yet: `up` is zero.
 
-    Returns peft's configuration. LoRA is float32 whatever the network is.
+    LoRA is float32 whatever the network is.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
-    peft = _peft()
+    shapes = {path: shape for path, shape in layer_shapes(unet) if f".{path}".endswith(tuple(f".{t}" for t in targets))}
+    for target in targets:
+        if not any(f".{path}".endswith(f".{target}") for path in shapes):
+            raise ValueError(f"targets must be ends of names of this network's layers; none ends in {target!r}.")
     unet.requires_grad_(False)
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            peft.inject_adapter_in_model(config, unet, adapter_name=NAME)
-        except ValueError as error:
-            raise ValueError(f"targets {', '.join(targets)} name no layer of this network: {error}") from error
     generator = torch.Generator().manual_seed(seed)
-    for _, layer in _layers(unet):
-        down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-        down.data = (torch.randn(down.shape, generator=generator) / rank).to(down.device)
-        up.data = torch.zeros_like(up, dtype=torch.float32)
-        for factor in (down, up):
-            factor.requires_grad_(True)
-    return config
+    put_on(unet, NAME, {path: _fresh(shape, rank, alpha, generator) for path, shape in shapes.items()})
+    activate(unet, [NAME])
+    for _, layer in lora_layers(unet):
+        for part in (layer.lora_A[NAME], layer.lora_B[NAME]):
+            part.weight = nn.Parameter(part.weight.detach().float(), requires_grad=True)
 
 
-def save(unet: nn.Module, config: Any, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """The trained factors as `pytorch_lora_weights.safetensors`, alpha in the metadata."""
-    state = {}
-    for path, layer in _layers(unet):
-        for part in ("lora_A", "lora_B"):
-            state[f"unet.{path}.{part}.weight"] = getattr(layer, part)[NAME].weight.detach().to("cpu", dtype)
-    told = {f"unet.{key}": value for key, value in config.to_dict().items()}
-    text = json.dumps(
-        told, indent=2, sort_keys=True, default=lambda each: sorted(each) if isinstance(each, set) else str(each)
-    )
-    path = made(folder) / FILE_NAME
-    write_file(state, path, metadata={_METADATA_KEY: text})
+def save(unet: nn.Module, folder: Path) -> Path:
+    """What was learned, as floyd, peft and diffusers read it: PEFT's keys, alpha in the weights."""
+    path = folder / FILE_NAME
+    write({"unet": layers_on(unet, NAME)}, path, {})
     return path
 
 
-def _layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Those that have LoRA, by name."""
-    for path, layer in unet.named_modules():
-        if hasattr(layer, "lora_A"):
-            yield path, layer
-
-
-def _peft() -> Any:
-    try:
-        return import_module("peft")
-    except ModuleNotFoundError as error:
-        if error.name != "peft":
-            raise
-        raise ImportError("LoRA needs peft, which is not installed: pip install 'floyd-if[train]'") from error
+def _fresh(shape: Shape, rank: int, alpha: float, generator: torch.Generator) -> Factors:
+    ones = (1, 1) if shape.kernel else ()
+    down = torch.randn(rank, shape.inputs, *shape.kernel, generator=generator) / rank
+    return Factors(down, torch.zeros(shape.outputs, rank, *ones), alpha)

@@ -198,8 +198,8 @@ class Run:
             inverting.to(self.device)
             return inverting, lambda: write_rows(inverting.rows(), self.folder)
         if self._is_lora:
-            told = attach(pipe.unet, rank=config.rank, alpha=config.alpha, targets=config.targets, seed=config.seed)
-            return pipe.unet, lambda: save(pipe.unet, told, self.folder)
+            attach(pipe.unet, rank=config.rank, alpha=config.alpha, targets=config.targets, seed=config.seed)
+            return pipe.unet, lambda: save(pipe.unet, self.folder)
         return pipe.unet, lambda: pipe.unet.save_pretrained(self.folder / UNET)
 
     def _loss(self, pipe: Any, kept: Kept | None, read: Any) -> Denoising:
