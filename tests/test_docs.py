@@ -133,6 +133,28 @@ def test_the_table_of_tasks_is_what_the_auto_classes_make() -> None:
         assert (kind.stage_one.__name__, kind.stage_two.__name__) == (one.strip("`"), two.strip("`"))
 
 
+def test_the_table_of_settings_names_every_one_with_its_default() -> None:
+    from dataclasses import MISSING, fields
+
+    from floyd.apps.tuning.config import WISHES, TuneConfig
+
+    def word(default: Any) -> str:
+        if default is MISSING:
+            return "needed"
+        if default in (None, ()):
+            return "none"
+        if isinstance(default, tuple):
+            return " ".join(default)
+        return {True: "yes", False: "no"}[default] if isinstance(default, bool) else f"{default}"
+
+    have = {}
+    for each in fields(TuneConfig):
+        wishes = [f"{method} {wish[each.name]:g}" for method, wish in WISHES.items() if each.name in wish]
+        default = f"{each.default:g}" if type(each.default) in (int, float) else word(each.default)
+        have[each.name] = [default + (f" ({', '.join(wishes)})" if wishes else ""), each.metadata["help"]]
+    assert {row[0].strip("`"): row[1:] for row in _rows("training.md", "| setting | default | |")} == have
+
+
 def test_the_tables_of_timesteps_are_all_named() -> None:
     from floyd.diffusion.timesteps import TABLES
 
