@@ -2,7 +2,7 @@
 
       apps
 pipelines   training   scenes
-adapters
+adapters   engines
 models   schedulers
 nn   diffusion   text   images   runtime   store
 """
@@ -21,7 +21,7 @@ SRC = Path(__file__).parents[1] / "src" / "floyd"
 FILES = sorted(SRC.rglob("*.py"))
 
 GROUND = {"nn", "diffusion", "text", "images", "runtime", "store"}
-BELOW_THE_ASSEMBLY = GROUND | {"models", "schedulers", "adapters"}
+BELOW_THE_ASSEMBLY = GROUND | {"models", "schedulers", "adapters", "engines"}
 EVERYTHING = BELOW_THE_ASSEMBLY | {"pipelines", "training", "scenes", "utils"}
 
 # Beside itself and `errors`. A room that is not listed here is refused: give it a floor first.
@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"nn", "store"},
     "schedulers": {"diffusion", "store"},
     "adapters": {"models", "store"},
+    "engines": {"models", "nn", "runtime", "store"},
     "pipelines": BELOW_THE_ASSEMBLY,
     "training": BELOW_THE_ASSEMBLY,
     "scenes": {"images"},

@@ -149,29 +149,23 @@ class Walk:
         size = (2 * h.height, 2 * h.width) if doubles else None
         h = self.to.conv(h, resnet.conv1, size=size, film=None if resnet.is_film else film)
         h = self.to.norm(h, None, resnet.norm2, resnet.nonlinearity, film=film if resnet.is_film else None)
-        factor = 1 / resnet.out_scale
-        alpha = factor
+        alpha = factor = 1 / resnet.out_scale
         if halves:
             x, alpha = self.to.pool(x, factor), 1.0
-        elif resnet.conv_shortcut is not None or skip is not None:
+        elif resnet.conv_shortcut is not None:
             x, alpha = self._shortcut(x, skip, resnet.conv_shortcut, factor), 1.0
         return self.to.conv(h, resnet.conv2, factor=factor, add=x, alpha=alpha)
 
-    def _shortcut(self, x: Map, skip: Map | None, conv: nn.Conv2d | None, factor: float) -> Map:
-        """A 1 x 1 convolution, or none, over x with the skip behind it: each of the two has columns of its own."""
-        channels, behind = x.segments[0], 0 if skip is None else skip.segments[0]
-        out = channels + behind if conv is None else conv.out_channels
-        bias = None if conv is None else self.weights.bias([conv], (out,), factor)
-
-        def weight(segments: Segments, part: slice) -> Tensor:
-            if conv is not None:
-                return self.weights.linear([conv], segments, (out,), factor, part=part)
-            return self.weights.identity(segments, part, out, factor)
-
-        sum_ = self.to.linear(x, weight(x.segments, slice(0, channels)), bias, (out,))
+    def _shortcut(self, x: Map, skip: Map | None, conv: nn.Conv2d, factor: float) -> Map:
+        """A 1 x 1 convolution of x with the skip behind it: each of the two has columns of its own."""
+        out, channels = (conv.out_channels,), x.segments[0]
+        bias = self.weights.bias([conv], out, factor)
+        weight = self.weights.linear([conv], x.segments, out, factor, part=slice(0, channels))
+        h = self.to.linear(x, weight, bias, out)
         if skip is None:
-            return sum_
-        return self.to.linear(skip, weight(skip.segments, slice(channels, None)), None, (out,), add=sum_)
+            return h
+        weight = self.weights.linear([conv], skip.segments, out, factor, part=slice(channels, None))
+        return self.to.linear(skip, weight, None, out, add=h)
 
     def _attended(self, x: Map, layer: nn.Module) -> Map:
         if isinstance(layer, Transformer2D):

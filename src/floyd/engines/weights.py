@@ -146,16 +146,6 @@ class Weights:
         key = ("linear", *layers, rows, columns, part.start, factor)
         return self._kept(key, lambda: tuple(layer.weight for layer in layers), size, fill)
 
-    def identity(self, rows: Segments, part: slice, columns: int, factor: float) -> Tensor:
-        """A shortcut that has no weights, over one of the two tensors that it reads."""
-        size = width(rows) * padded(columns)
-
-        def fill(tensor: Tensor) -> None:
-            matrix = spread(spread(torch.eye(columns)[:, part] * factor, rows).T, (columns,))
-            tensor.copy_(panels(matrix, self.kernels.lanes))
-
-        return self._kept(("identity", rows, part.start, columns, factor), tuple, size, fill)
-
     def bias(self, layers: Sequence[nn.Linear | nn.Conv2d], segments: Segments, factor: float = 1.0) -> Tensor:
         """Zeros where a layer has none."""
 

@@ -18,7 +18,7 @@ from floyd.engines.native import KINDS, kernels
 from floyd.engines.plain import check_plain
 from floyd.engines.program import Program
 from floyd.engines.walk import Walk
-from floyd.engines.weights import Weights
+from floyd.engines.weights import Weights, check_tensor
 from floyd.models.unet import UNet2DConditionModel
 from floyd.nn.embedding import sinusoid
 
@@ -47,7 +47,7 @@ class WinogradUNet:
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
-        check_plain(unet)
+        _check(unet)
         self.unet, self.config = unet, unet.config
         self._kernels = kernels()
         self._lock = Lock()
@@ -110,12 +110,11 @@ class WinogradUNet:
 
     def _renew(self) -> None:
         """After a change to the network: to the modules it is made of, or to their weights."""
+        _check(self.unet)
         layers = tuple(self.unet.modules())
         if len(layers) != len(self._layers) or any(a is not b for a, b in zip(layers, self._layers, strict=True)):
-            check_plain(self.unet)
             self._build()
         else:
-            check_plain(self.unet)
             self._weights.refresh(probing=True)
 
     def _stepped(
@@ -126,12 +125,11 @@ class WinogradUNet:
         report: Callable[[tuple[str, float]], None] | None,
     ) -> Tensor:
         x_BCHW = self._checked(sample, context)
-        film_BF = self._film(timestep, x_BCHW, context)
         out_BCHW = x_BCHW.new_empty(len(x_BCHW), self.config.out_channels, *x_BCHW.shape[-2:])
         with self._lock:
             self._weights.follow()
             program = self._program(x_BCHW, context)
-            program.film_BF.copy_(film_BF)
+            program.film_BF.copy_(self._film(timestep, x_BCHW, context))
             for op, layer in program.looks:
                 key, value = context.texts[layer]
                 op.text_k, op.text_v = key.data_ptr(), value.data_ptr()
@@ -185,6 +183,12 @@ class WinogradUNet:
         while len(self._programs) > _MOST_PROGRAMS:
             self._programs.popitem(last=False)
         return self._programs[key]
+
+
+def _check(unet: nn.Module) -> None:
+    check_plain(unet)
+    for parameter in unet.parameters():
+        check_tensor(parameter)
 
 
 def prepared(unet: nn.Module) -> WinogradUNet:

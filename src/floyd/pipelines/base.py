@@ -73,6 +73,7 @@ class DiffusionPipeline:
     _placement: Placement = WhereTheyAre()
     _switches: Switches | None = None
     text_cache: TextCache | None = None  # of prompts that were read
+    _engine: tuple[str, Mapping[str, Any], Any] | None = None  # its name, its options, and the one that was made
     _progress_bar: Mapping[str, Any] = MappingProxyType({})
     memory: Managed | None = None  # the plan that says where the networks lie
 
@@ -170,8 +171,8 @@ class DiffusionPipeline:
     def from_pipe(cls, pipeline: DiffusionPipeline, **given: Any) -> Self:
         """This class over another pipeline's components, which both share from then on; nothing is loaded or copied.
 
-        A component or value given as a keyword takes its place. The other's offloading, switches and progress bar come
-        along.
+        A component or value given as a keyword takes its place. The other's offloading, switches, engine and progress
+        bar come along.
         """
         if not isinstance(pipeline, DiffusionPipeline):
             raise TypeError(f"{cls.__name__}.from_pipe takes a pipeline, got a {type(pipeline).__name__}.")
@@ -190,6 +191,7 @@ class DiffusionPipeline:
         pipe._place(pipeline._placement)
         pipe._switches = pipeline._switches
         pipe.text_cache = pipeline.text_cache
+        pipe._engine = pipeline._engine
         pipe._progress_bar = pipeline._progress_bar
         pipe.memory = pipeline.memory
         return pipe

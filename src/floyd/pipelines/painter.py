@@ -24,6 +24,7 @@ from floyd.diffusion.repaint import repainting
 from floyd.diffusion.samplers import Sampler
 from floyd.diffusion.schedule import NoiseSchedule
 from floyd.diffusion.timesteps import Step
+from floyd.engines.registry import prepared
 from floyd.pipelines.apart import Apart, each, predictor, steady
 from floyd.pipelines.finish import Finished, Judge
 from floyd.pipelines.keeping import Kept
@@ -167,6 +168,24 @@ class Painter(LoraPipeline):
         """From what is painted on to pixels."""
         return x_BCHW
 
+    def use_engine(self, engine: str | None, **options: Any) -> None:
+        """From now on run the UNet's steps by another engine, "winograd" or "openvino"; None: by the UNet itself.
+
+        EngineError: the engine cannot run here, or not this network, and nothing has changed.
+        """
+        self._need("unet")
+        self._engine = None if engine is None else (engine, options, prepared(engine, self.unet, **options))
+
+    def _running(self, unet: Any) -> Any:
+        """What takes the UNet's place; made anew if the pipeline was given another UNet."""
+        if self._engine is None:
+            return unet
+        name, options, engine = self._engine
+        if engine.unet is not unet:
+            engine = prepared(name, unet, **options)
+            self._engine = (name, options, engine)
+        return engine
+
     def interrupt(self) -> None:
         """End every call under way on this pipeline, from any thread, after the step it is at.
 
@@ -201,6 +220,7 @@ class Painter(LoraPipeline):
     def _chain(self, task: Task, unet: Any) -> Chain:
         """Draws the canvas, then the low-resolution picture's noise, or the reverse if the class says so."""
         noise, is_apart = Noise(task.options.generator), task.options.batch_invariant
+        unet = self._running(unet)
         with steady(is_apart):
             if self.draws_low_res_first:
                 extra = _low_res(task, noise)
