@@ -44,7 +44,7 @@ class Networks:
 
     def renewed(self) -> Networks:
         """With copies of the weights as they are now."""
-        if not (is_ours(self.unet) and self.switches.read_once):
+        if not (is_ours(self.unet) and self.switches.read_once) or is_engine(self.unet):
             return self
         rewrites = self.switches
         if is_compiled(self.unet):
@@ -60,6 +60,8 @@ class Networks:
                 [call(x_KCHW[some], t, joined.rows(some)) for call, some in zip(calls, rows, strict=True)]
             )
         dtype = dtype_of(self.unet, told.text_BLD.dtype)
+        if is_engine(self.unet):
+            return _OnEngine(self.unet, told.text_BLD.to(dtype), told.noise_level_B, dtype)
         if not (is_ours(self.unet) and self.switches.read_once):
             return _Whole(self, told.text_BLD.to(dtype), told.noise_level_B, dtype)
         return _Stepping(self, told.text_BLD.to(dtype), told.noise_level_B, dtype)
@@ -93,6 +95,18 @@ class _Stepping:
         return context
 
 
+class _OnEngine:
+    """An engine in the UNet's place: it reads once, and looks after the weights itself."""
+
+    def __init__(self, engine: Any, text_KLD: Tensor, level_K: Tensor | None, dtype: torch.dtype) -> None:
+        self.engine, self.dtype = engine, dtype
+        self.context = engine.read(text_KLD, level_K)
+
+    def __call__(self, x_KCHW: Tensor, t: int, joined: Conditioning) -> Tensor:
+        out: Tensor = self.engine.step(joined.takes(x_KCHW).to(self.dtype), t, self.context)
+        return out
+
+
 class _Whole:
     """A UNet that reads anew at every step: of another make, or because that is wanted."""
 
@@ -113,6 +127,11 @@ class _Whole:
 def is_ours(unet: Any) -> bool:
     """Another's network must be told everything anew at each step."""
     return hasattr(type(uncompiled(unet)), "read")
+
+
+def is_engine(unet: Any) -> bool:
+    """Whether it stands for a UNet that it holds: see engines."""
+    return is_ours(unet) and not hasattr(type(uncompiled(unet)), "ready")
 
 
 def is_compiled(unet: Any) -> bool:
