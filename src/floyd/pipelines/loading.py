@@ -149,7 +149,9 @@ def _with_files_read(request: Request, index: ModelIndex) -> Request:
         loaded["tokenizer"] = load_tokenizer(paths["tokenizer"], **hub)
     if "text_encoder" in paths:
         told = {name: getattr(request, f"{name}_of")("text_encoder") for name in ("dtype", "quantization")}
-        loaded["text_encoder"] = load_text_encoder(paths["text_encoder"], variant=request.variant, **told, **hub)
+        if os.path.isdir(paths["text_encoder"]):  # another repository need not have the variant of this one
+            told["variant"] = request.variant
+        loaded["text_encoder"] = load_text_encoder(paths["text_encoder"], **told, **hub)
     return replace(request, given={**request.given, **loaded}) if loaded else request
 
 
