@@ -2,14 +2,15 @@
 
     python benchmarks/bench_dreambooth.py [--steps 20] [--rounds 3] [--batch 4]
 
-diffusers' script (examples/dreambooth/train_dreambooth_lora.py) is not in its package. Its loop is written here anew with
-diffusers' and accelerate's parts, step for step as the script does it for IF: embeddings computed beforehand, uniform
-timesteps, LoRA through `add_adapter` on the same six layers, the squared error of the noise alone (the variance is thrown
-away), prior preservation by halves, gradients cut to a norm of 1. Pictures are opened and cut anew for every step, as the
-script's data set does; PIL and numpy stand in for torchvision.
+diffusers' script (examples/dreambooth/train_dreambooth_lora.py) is not in its package. Its loop is written here anew
+with diffusers' and accelerate's parts, step for step as the script does it for IF: embeddings computed beforehand,
+uniform timesteps, LoRA through `add_adapter` on the same six layers, the squared error of the noise alone (the
+variance is thrown away), prior preservation by halves, gradients cut to a norm of 1. Pictures are opened and cut anew
+for every step, as the script's data set does it; PIL and numpy stand in for torchvision.
 
-Same weights, pictures, captions, rank, batch and precision; each side in a process of its own, in turn. floyd does more in
-a step: it trains the variance.
+Same weights, pictures, captions, rank, batch and precision; each side in a process of its own, in turn. floyd does
+more in a step: it trains the variance. Besides seconds by the clock, those of the processor are told, which other
+processes on the machine hardly disturb.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def made(folder: Path) -> None:
             (folder / kind / f"{i:02}.txt").write_text(PROMPT if kind == "own" else CLASS_PROMPT)
 
 
-def floyd_steps(folder: Path, steps: int, batch: int) -> Iterator[float]:
+def floyd_steps(folder: Path, steps: int, batch: int) -> Iterator[tuple[float, float]]:
     from floyd.apps.tuning.config import TuneConfig
     from floyd.apps.tuning.run import Run
 
@@ -71,7 +72,7 @@ def floyd_steps(folder: Path, steps: int, batch: int) -> Iterator[float]:
     )
     for moment in Run(config).moments():
         if moment.label == "training":
-            yield time.monotonic()
+            yield time.monotonic(), time.process_time()
 
 
 class Halves(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -95,7 +96,7 @@ def collated(rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     return torch.stack([row["own"] for row in rows] + [row["kept"] for row in rows])
 
 
-def diffusers_steps(folder: Path, steps: int, batch: int) -> Iterator[float]:
+def diffusers_steps(folder: Path, steps: int, batch: int) -> Iterator[tuple[float, float]]:
     from accelerate import Accelerator
     from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
     from diffusers.optimization import get_scheduler
@@ -103,12 +104,14 @@ def diffusers_steps(folder: Path, steps: int, batch: int) -> Iterator[float]:
 
     accelerator = Accelerator(cpu=True)
     root = files("floyd") / "mini" / "stage_1"
-    pipe: Any = IFPipeline.from_pretrained(str(root), unet=None, safety_checker=None, requires_safety_checker=False)
+    pipe: Any = IFPipeline.from_pretrained(
+        str(root), unet=None, safety_checker=None, requires_safety_checker=False, torch_dtype=torch.float32
+    )
     texts = [PROMPT] * (batch // 2) + [CLASS_PROMPT] * (batch // 2)
     text_BLE = pipe.encode_prompt(texts, do_classifier_free_guidance=False)[0].detach()
     del pipe
     noising: Any = DDPMScheduler.from_pretrained(str(root), subfolder="scheduler")
-    unet: Any = UNet2DConditionModel.from_pretrained(str(root), subfolder="unet")
+    unet: Any = UNet2DConditionModel.from_pretrained(str(root), subfolder="unet", torch_dtype=torch.float32)
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS))
     trained = [p for p in unet.parameters() if p.requires_grad]
@@ -138,7 +141,7 @@ def diffusers_steps(folder: Path, steps: int, batch: int) -> Iterator[float]:
                 rate.step()
                 optimizer.zero_grad()
             loss.detach().item()
-            yield time.monotonic()
+            yield time.monotonic(), time.process_time()
             done += 1
             if done == steps:
                 return
@@ -147,7 +150,9 @@ def diffusers_steps(folder: Path, steps: int, batch: int) -> Iterator[float]:
 def one_side(side: str, folder: Path, steps: int, batch: int) -> None:
     ends = list({"floyd": floyd_steps, "diffusers": diffusers_steps}[side](folder, steps + WARM, batch))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"steps_per_s": steps / (ends[-1] - ends[WARM - 1]), "peak_bytes": peak}))
+    by_clock, by_processor = (last - first for first, last in zip(ends[WARM - 1], ends[-1], strict=True))
+    speeds = {"steps_per_s": steps / by_clock, "steps_per_processor_s": steps / by_processor}
+    print(json.dumps({**speeds, "peak_bytes": peak}))
 
 
 def main() -> None:
@@ -168,7 +173,9 @@ def main() -> None:
                 made(Path(folder))
                 told = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch")]
                 command = [sys.executable, __file__, f"--side={side}", f"--folder={folder}", *told]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                done = subprocess.run(command, check=False, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{side} failed: {done.stderr[-2000:]}")
             rows[side].append(json.loads(done.stdout.splitlines()[-1]))
             print(side, rows[side][-1], flush=True)
     figures: dict[str, Any] = {

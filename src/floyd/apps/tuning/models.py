@@ -52,7 +52,14 @@ class Models:
             raise ValueError(f"model names one to {len(STAGES)} stages, got {len(sources)}.")
         if len(sources) < stage:
             raise ValueError(f"stage {stage} is to be trained, and model names {len(sources)} of the stages.")
-        return cls(sources, stage, dtype, variant, presets)
+        models = cls(sources, stage, dtype, variant, presets)
+        takes = _unet(models.trained)["in_channels"]
+        if takes != (wanted := 3 * stage):
+            raise ValueError(
+                f"{models.trained} is no stage {stage}: its network takes {takes} channels, and one of stage {stage} "
+                f"{wanted}."
+            )
+        return models
 
     @property
     def trained(self) -> str:
@@ -137,4 +144,9 @@ class Models:
 
 
 def _side(source: str) -> int:
-    return int(UNet2DConditionModel.load_config(source, subfolder="unet")["sample_size"])
+    return int(_unet(source)["sample_size"])
+
+
+def _unet(source: str) -> dict[str, Any]:
+    """The network's configuration."""
+    return UNet2DConditionModel.load_config(source, subfolder="unet")
