@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from floyd.images.resize import resize_short_side, short_side_size
+from floyd.images.resize import resize_short_side, short_side_size, square
 
 SIZES = [(64, 64), (100, 64), (64, 100), (1000, 333), (333, 1000), (17, 23), (512, 768), (5, 4)]
 
@@ -29,3 +29,16 @@ def test_stage_two_gets_multiples_of_sixteen(size: tuple[int, int]) -> None:
 def test_a_side_that_is_no_multiple_is_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 16, got 72"):
         short_side_size(10, 10, 72, multiple=16)
+
+
+def test_a_square_is_cut_where_it_is_told_and_may_be_mirrored() -> None:
+    picture = Image.new("RGB", (30, 10), "red")
+    picture.paste((0, 0, 255), (20, 0, 30, 10))
+    assert square(picture, 5).getpixel((2, 2)) == (255, 0, 0)
+    assert square(picture, 5, place=1.0).getpixel((2, 2)) == (0, 0, 255)
+    half = square(picture, 10, place=0.75)
+    assert half.getpixel((0, 5)) == (255, 0, 0)
+    assert half.getpixel((9, 5)) == (0, 0, 255)
+    assert square(picture, 10, place=0.75, is_flipped=True).getpixel((0, 5)) == (0, 0, 255)
+    with pytest.raises(ValueError, match=r"place must be in \[0, 1\], got 1.5"):
+        square(picture, 5, place=1.5)

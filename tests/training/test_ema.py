@@ -84,3 +84,16 @@ def test_a_state_that_was_read_back_goes_on_as_it_would_have() -> None:
 def test_a_decay_outside_of_the_unit_interval_is_refused(decay: float) -> None:
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\)"):
         Ema(weight_of(0.0), decay)
+
+
+def test_what_is_frozen_is_not_averaged_and_a_decay_of_zero_keeps_nothing() -> None:
+    model: Any = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    assert set(Ema(model, 0.9).shadow) == {"weight"}
+    none = Ema(model, 0.0)
+    none.update(model)
+    before = model.weight.detach().clone()
+    none.copy_to(model)
+    with none.applied(model):
+        assert torch.equal(model.weight, before)
+    assert none.shadow == {}

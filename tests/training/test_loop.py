@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
 from floyd.errors import CheckpointError
+from floyd.store.snapshots import read_snapshot
 from floyd.training.loop import LoopConfig, Losses, Phase, Progress, Trainer
 
 PHASES = (
@@ -187,3 +190,47 @@ def test_a_broken_snapshot_is_named(tmp_path: Path) -> None:
     (tmp_path / "state.pt").write_bytes(b"half of it")
     with pytest.raises(CheckpointError, match=r"state\.pt is not a readable training snapshot"):
         trainer(tmp_path)
+
+
+def half_frozen() -> nn.Module:
+    model = network()
+    model[0].requires_grad_(False)  # type: ignore[index]
+    return model
+
+
+def test_a_snapshot_leaves_out_what_is_frozen(tmp_path: Path) -> None:
+    list(Trainer(half_frozen(), loss_of, CONFIG, tmp_path).run(until=2))
+    assert set(read_snapshot(tmp_path / "state.pt")["model"]) == {"2.weight", "2.bias"}
+    again = Trainer(half_frozen(), loss_of, CONFIG, tmp_path)
+    assert again.step == 2
+    assert not torch.equal(again.model[2].weight, half_frozen()[2].weight)  # type: ignore[index]
+
+
+def test_a_snapshot_of_another_network_is_refused(tmp_path: Path) -> None:
+    list(trainer(tmp_path).run(until=1))
+    with pytest.raises(
+        CheckpointError, match=r"state\.pt is of another network: it holds 0\.bias, 0\.weight, or lacks"
+    ):
+        Trainer(half_frozen(), loss_of, CONFIG, tmp_path)
+
+
+def test_moments_of_eight_bits_are_bitsandbytes_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, optimizer="adamw8bit")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(
+        ImportError, match=r"needs bitsandbytes, which is not installed: pip install 'floyd-if\[8bit\]'"
+    ):
+        trainer(tmp_path, config)
+
+    class Eight(torch.optim.AdamW):
+        """What bitsandbytes would bring."""
+
+    module = ModuleType("bitsandbytes.optim")
+    module.AdamW8bit = Eight  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+    one = trainer(tmp_path, config)
+    assert [type(optimizer) for optimizer in one.optimizers] == [Eight]
+    before = one.model[0].weight.detach().clone()  # type: ignore[index]
+    list(one.run(until=1))
+    assert not torch.equal(one.model[0].weight, before)  # type: ignore[index]

@@ -244,9 +244,9 @@ def test_the_incumbent_paints_with_the_file_what_floyd_trained(told: dict[str, A
     run, nets = Run(config), []
     model_of = run._model
 
-    def spied(pipe: Any, inverting: Any) -> Any:
+    def spied(pipe: Any) -> Any:
         nets.append(pipe.unet)
-        return model_of(pipe, inverting)
+        return model_of(pipe)
 
     run._model = spied  # type: ignore[method-assign]
     list(run.moments())

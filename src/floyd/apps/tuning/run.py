@@ -27,7 +27,7 @@ from floyd.runtime.placement import device_of
 from floyd.store.files import made, read_json, write_json
 from floyd.text.prompts import embed
 from floyd.training.data.pictures import Pictures
-from floyd.training.denoising import Batches, Denoising, Enlarging, Kept, Weighing, known
+from floyd.training.denoising import Batches, Denoising, Enlarging, Kept, ReadText, Weighing, known
 from floyd.training.embeddings import Embeddings
 from floyd.training.inversion import Inverting
 from floyd.training.loop import LoopConfig, Phase, Progress, Trainer
@@ -92,15 +92,18 @@ class Run:
     def moments(self) -> Moments:
         """Closing the iterator saves where it was; a `Run` of the same configuration goes on from there."""
         kept = yield from self._kept()
-        read, inverting = yield from self._reading(kept)
-        pipe = self.models.pipeline(is_trained_whole=not self._is_lora and inverting is None)
+        is_inverting = self.config.method == "textual-inversion"
+        read: Any = None if is_inverting else (yield from self._reading(kept))
+        pipe = self.models.pipeline(is_trained_whole=not self._is_lora and not is_inverting)
         pipe.unet.to(self.device)
-        model, write = self._model(pipe, inverting)
         if self.config.checkpointing:
             recompute(pipe.unet)
-        loss_of = self._loss(pipe, kept, read if inverting is None else model.read)
-        trainer = Trainer(model.train(), loss_of, self._loop(pipe), self.folder / "run", workers=self.workers)
-        validation = self._validation(pipe, read if inverting is None else model.read)
+        model, write = self._model(pipe)
+        read = model.read if is_inverting else read
+        trainer = Trainer(
+            model.train(), self._loss(pipe, kept, read), self._loop(pipe), self.folder / "run", workers=self.workers
+        )
+        validation = self._validation(pipe, read)
         with closing(trainer.run()) as steps:
             for progress in steps:
                 yield self._moment(progress, trainer, validation)
@@ -166,14 +169,9 @@ class Run:
             data = str(folder)
         return Kept(pictures=self._pictures(data, None), weight=config.prior_weight)
 
-    def _reading(self, kept: Kept | None) -> Generator[Moment, None, tuple[Any, Inverting | None]]:
-        """How captions and prompts become text states. T5 stays only where it is trained through."""
+    def _reading(self, kept: Kept | None) -> Generator[Moment, None, ReadText]:
+        """How captions and prompts become text states: T5 reads them now, and is let go."""
         config = self.config
-        if config.method == "textual-inversion":
-            tokenizer, encoder = self.models.reader()
-            unet = self.models.pipeline(is_trained_whole=False).unet
-            model = Inverting(unet, tokenizer, encoder.to(self.device), config.tokens, start=config.start_word)
-            return None, model
         prompts = cleaned(config.validation_prompt, clean_caption=config.clean_caption)
         texts = ["", *prompts, *self.pictures.captions, *(kept.pictures.captions if kept else ())]
         folder, name = self.folder / "text", self.models.encoder_name()
@@ -188,15 +186,14 @@ class Run:
                     done += count
                     yield Moment("captions", done, missing)
                 del tokenizer, encoder, read
-        return known(cache), None
+        return known(cache)
 
-    def _model(self, pipe: Any, inverting: Inverting | None) -> tuple[Any, Callable[[], Any]]:
-        """What is trained, and how it is written in the end."""
+    def _model(self, pipe: Any) -> tuple[Any, Callable[[], Any]]:
+        """What is trained, and how it is written in the end. Through T5, too, where words are learned."""
         config = self.config
-        if inverting is not None:
-            inverting.unet = pipe.unet = pipe.unet.requires_grad_(False)
-            inverting.to(self.device)
-            return inverting, lambda: write_rows(inverting.rows(), self.folder)
+        if config.method == "textual-inversion":
+            words = Inverting(pipe.unet, *self.models.reader(), config.tokens, start=config.start_word).to(self.device)
+            return words, lambda: write_rows(words.rows(), self.folder)
         if self._is_lora:
             attach(pipe.unet, rank=config.rank, alpha=config.alpha, targets=config.targets, seed=config.seed)
             return pipe.unet, lambda: save(pipe.unet, self.folder)
