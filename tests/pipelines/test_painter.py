@@ -76,9 +76,9 @@ def test_the_text_is_read_once_a_call(ours: dict[str, Any], monkeypatch: pytest.
     kind = type(ours["two"].unet)
     read, count = kind.read, []
 
-    def counting(self: Any, *args: Any) -> Any:
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
         count.append(1)
-        return read(self, *args)
+        return read(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "read", counting)
     paint(ours["two"], **LOW, num_inference_steps=4)
