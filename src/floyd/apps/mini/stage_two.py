@@ -52,11 +52,13 @@ UNET: dict[str, Any] = {
 OFFSET = 0.1  # standard deviation of the noise's mean
 # Of the noise's error at the noisy end. The small picture tells the clean one at every noise level: so may the loss.
 MOST_WEIGHT = 200.0
+FINISH_SNR = 100.0  # of whole pictures, up to which the noise itself is asked for: less leaves grain
 MOST_NOISE = 400  # highest noise level of the input in training
 LOOP = LoopConfig(
     phases=(
         Phase(num_steps=1100, batch_size=16, size=64, rate=1e-3, last_rate=1e-3),
         Phase(num_steps=340, batch_size=3, size=LARGE, rate=8e-4, last_rate=1e-5),
+        Phase(num_steps=180, batch_size=3, size=LARGE, rate=5e-4, last_rate=1e-5),
     ),
     optimizer="muon",
     ema_decay=0.995,
@@ -101,6 +103,7 @@ def enlarging_loss(embed: Embed) -> Any:
     """The hybrid loss of stage II for `Trainer`."""
     schedule = NoiseSchedule.cosine()
     weight_T = snr_weights(schedule, most=MOST_WEIGHT)
+    finish_T = snr_weights(schedule, high=FINISH_SNR, most=MOST_WEIGHT)
     density_T = layout_density(schedule, share=0.4)
 
     def loss_of(model: nn.Module, phase: Phase, step: int, generator: torch.Generator) -> Losses:
@@ -126,7 +129,9 @@ def enlarging_loss(embed: Embed) -> Any:
         noise_BCHW = offset_noise(clean_BCHW.shape, generator).to(device)
         noisy_BCHW = torch.cat([schedule.noised(clean_BCHW, noise_BCHW, t_B), low_BCHW], dim=1)
         out_BCHW = model(noisy_BCHW, t_B, text_BLE, level_B, return_dict=False)[0]
-        simple_B, bound_B = hybrid_loss(out_BCHW, clean_BCHW, noise_BCHW, t_B, schedule, weight_T)
+        simple_B, bound_B = hybrid_loss(
+            out_BCHW, clean_BCHW, noise_BCHW, t_B, schedule, finish_T if phase.size == LARGE else weight_T
+        )
         return {"noise": simple_B.mean(), "variance": bound_B.mean()}
 
     return loss_of
