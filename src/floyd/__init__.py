@@ -24,7 +24,9 @@ if TYPE_CHECKING:  # what `_HOMES` says, for editors and type checkers
         IFPipeline,
         IFSuperResolutionPipeline,
     )
+    from floyd.pipelines.sizing import Workload
     from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
+    from floyd.runtime.budget import Budget
     from floyd.schedulers.ddim import DDIMScheduler
     from floyd.schedulers.ddpm import DDPMScheduler
     from floyd.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
@@ -38,6 +40,7 @@ __all__ = [
     "AutoPipelineForInpainting",
     "AutoPipelineForText2Image",
     "AutoencoderKL",
+    "Budget",
     "Cascade",
     "DDIMScheduler",
     "DDPMScheduler",
@@ -57,6 +60,7 @@ __all__ = [
     "StableDiffusionUpscalePipeline",
     "UNet2DConditionModel",
     "UniPCMultistepScheduler",
+    "Workload",
     "__version__",
     "load_text_encoder",
     "load_tokenizer",
@@ -67,6 +71,7 @@ _HOMES = {
     "AutoPipelineForInpainting": "floyd.pipelines.auto",
     "AutoPipelineForText2Image": "floyd.pipelines.auto",
     "AutoencoderKL": "floyd.models.vae",
+    "Budget": "floyd.runtime.budget",
     "Cascade": "floyd.pipelines.cascade",
     "DDIMScheduler": "floyd.schedulers.ddim",
     "DDPMScheduler": "floyd.schedulers.ddpm",
@@ -86,6 +91,7 @@ _HOMES = {
     "StableDiffusionUpscalePipeline": "floyd.pipelines.upscale",
     "UNet2DConditionModel": "floyd.models.unet",
     "UniPCMultistepScheduler": "floyd.schedulers.multistep",
+    "Workload": "floyd.pipelines.sizing",
     "load_text_encoder": "floyd.store.text_encoders",
     "load_tokenizer": "floyd.store.text_encoders",
 }

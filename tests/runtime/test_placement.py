@@ -274,3 +274,22 @@ def test_layers_that_overflow_in_float16_stay_in_float32(dtype: torch.dtype, kep
     }  # fmt: skip
     assert {p.device for p in network.parameters()} == {META}
     assert network.wo[1].num_batches_tracked.dtype == torch.int64  # type: ignore[index]
+
+
+# ------------------------------------------------------------------------------------------------- nothing goes back
+
+
+def test_what_main_memory_keeps_is_not_copied_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moved to a device of another kind and home again, the weights are the tensors that they were."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).requires_grad_(False)
+    places = [tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())]
+    with Mac(), OneAtATime(torch.device("mps:0")).use(network) as ready:
+        assert device_of(ready).type == "mps"
+    assert [tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())] == places
+
+
+def test_what_was_changed_on_the_device_comes_home_changed() -> None:
+    network = nn.Linear(4, 4).requires_grad_(False)
+    with Mac(), OneAtATime(torch.device("mps:0")).use(network) as ready:
+        ready.weight.fill_(3.0)
+    assert network.weight.eq(3).all()
