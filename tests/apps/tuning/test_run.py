@@ -304,7 +304,10 @@ def test_what_the_model_does_not_have_is_refused_by_name(told: dict[str, Any], f
     with pytest.raises(ValueError, match=r"stage_1 is no stage 2: its network takes 3 channels, and one of stage 2 6"):
         Run(TuneConfig.of(**{**told, "model": str(folder / "stage_1"), "stage": 2}))
     with pytest.raises(ValueError, match="validation_size must be one of 48, 96, 384"):
-        list(Run(TuneConfig.of(**told, validate_every=1, validation_prompt="x", validation_size=50)).moments())
+        Run(TuneConfig.of(**told, validate_every=1, validation_prompt="x", validation_size=50))
+    alone = {"model": str(folder / "stage_2"), "stage": 2}
+    with pytest.raises(ValueError, match="Painting takes all stages up to 2, and model names stage_2 alone"):
+        Run(TuneConfig.of(**{**told, **alone}, validate_every=1, validation_prompt="x"))
 
 
 def test_moments_tell_the_time_left(told: dict[str, Any]) -> None:

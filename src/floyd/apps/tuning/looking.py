@@ -56,21 +56,12 @@ class Validation:
     seed: int
     read: ReadPrompts
 
-    def num_stages(self) -> int:
-        """How many stages it takes to paint the size."""
-        sides = self.models.sides()
-        allowed = sides[self.models.stage - 1 :]
-        if self.size not in allowed:
-            raise ValueError(
-                f"validation_size must be one of {', '.join(map(str, allowed))}, which the stages from stage "
-                f"{self.models.stage} on paint, got {self.size}."
-            )
-        return sides.index(self.size) + 1
-
     @torch.no_grad()
     def paint(self) -> list[Image]:
         """A picture for each prompt. The other stages are loaded for it, and let go."""
-        painter = _Painter(self.models.cascade_with(self.pipe, self.num_stages()).to(self.pipe.device), self.read)
+        painter = _Painter(
+            self.models.cascade_with(self.pipe, self.models.stages_for(self.size)).to(self.pipe.device), self.read
+        )
         asked: list[Any] = [_Asked(prompt, self.seed + i) for i, prompt in enumerate(self.prompts)]
         drawn = painter.draw(asked)
         for size in painter.sizes[1:]:

@@ -105,6 +105,19 @@ class Models:
         """Of the pictures that stage II enlarges: what stage I paints."""
         return self.sides()[0]
 
+    def stages_for(self, size: int) -> int:
+        """How many stages it takes to paint pictures of this size, the trained one among them."""
+        sides = self.sides()
+        allowed = sides[self.stage - 1 :]
+        if size not in allowed:
+            raise ValueError(
+                f"validation_size must be one of {', '.join(map(str, allowed))}, which the stages from stage "
+                f"{self.stage} on paint, got {size}."
+            )
+        num_stages = sides.index(size) + 1
+        self._known(num_stages)
+        return num_stages
+
     def cascade(self, num_stages: int) -> Cascade:
         """The first stages as they are, to paint with."""
         return Cascade.from_pretrained(*self._known(num_stages), presets=self.presets, **_NO_SAFETY, **self._files())

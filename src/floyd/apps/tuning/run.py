@@ -73,6 +73,8 @@ class Run:
         self.folder = Path(config.out).expanduser()
         dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
         self.models = Models.of(config.model, stage=config.stage, dtype=dtype, variant=config.variant)
+        if config.validate_every:
+            self.models.stages_for(self._validation_size)
         self.pictures = self._pictures(config.data, config.caption)
         if config.method == "textual-inversion":
             self._check_tokens()
@@ -119,6 +121,10 @@ class Run:
     @property
     def _is_lora(self) -> bool:
         return self.config.method == "lora" or (self.config.method == "dreambooth" and not self.config.train_all)
+
+    @property
+    def _validation_size(self) -> int:
+        return self.config.validation_size or self.models.sides()[self.config.stage - 1]
 
     def _pictures(self, data: str, caption: str | None) -> Pictures:
         config = self.config
@@ -260,10 +266,7 @@ class Run:
             states: Tensor = read(cleaned(texts, clean_caption=config.clean_caption), device_of(pipe.unet))
             return states
 
-        size = config.validation_size or int(pipe.unet.config.sample_size)
-        validation = Validation(self.models, pipe, config.validation_prompt, size, config.seed, read_prompts)
-        validation.num_stages()
-        return validation
+        return Validation(self.models, pipe, config.validation_prompt, self._validation_size, config.seed, read_prompts)
 
     def _moment(self, progress: Progress, trainer: Trainer, validation: Validation | None) -> Moment:
         done = progress.step + 1
