@@ -78,7 +78,7 @@ class Weights:
 
     def follow(self) -> None:
         """Pack anew what was written to since, as far as torch counts writes. Costs next to nothing."""
-        if self._seen != _counts(self._watched):
+        if self._seen != counts(self._watched):
             self.refresh()
 
     @torch.no_grad()
@@ -94,7 +94,7 @@ class Weights:
     def _watch(self) -> None:
         tensors = {id(tensor): tensor for packed in self._packed.values() for tensor in packed.sources()}
         self._watched = tuple(tensors.values())
-        self._seen = _counts(self._watched)
+        self._seen = counts(self._watched)
 
     def num_bytes(self) -> int:
         return sum(packed.tensor.nbytes for packed in self._packed.values())
@@ -192,7 +192,7 @@ class Weights:
             self._fill(packed)
             self._packed[key] = packed
             self._watched += packed.sources()
-            self._seen = _counts(self._watched)
+            self._seen = counts(self._watched)
         return self._packed[key].tensor
 
     def _fill(self, packed: _Packed) -> None:
@@ -200,7 +200,7 @@ class Weights:
         for tensor in sources:
             check_tensor(tensor)
         packed.fill(packed.tensor)
-        packed.seen, packed.probed = _seen(sources), _probed(sources)
+        packed.seen, packed.probed = _seen(sources), probed(sources)
 
 
 def check_tensor(tensor: Tensor) -> None:
@@ -213,14 +213,14 @@ def check_tensor(tensor: Tensor) -> None:
 
 def _has_changed(packed: _Packed, *, probing: bool) -> bool:
     sources = packed.sources()
-    return packed.seen != _seen(sources) or (probing and packed.probed != _probed(sources))
+    return packed.seen != _seen(sources) or (probing and packed.probed != probed(sources))
 
 
 def _seen(sources: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
     return tuple((tensor.data_ptr(), _count(tensor)) for tensor in sources)
 
 
-def _counts(tensors: tuple[Tensor, ...]) -> list[int]:
+def counts(tensors: tuple[Tensor, ...]) -> list[int]:
     return [_count(tensor) for tensor in tensors]
 
 
@@ -229,5 +229,5 @@ def _count(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def _probed(sources: tuple[Tensor, ...]) -> tuple[float, ...]:
+def probed(sources: tuple[Tensor, ...]) -> tuple[float, ...]:
     return tuple(float(t.reshape(-1)[:: max(1, t.numel() // _PROBES)].sum()) if t.numel() else 0.0 for t in sources)

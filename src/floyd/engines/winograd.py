@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from floyd.engines.native import KINDS, kernels
-from floyd.engines.plain import check_plain
+from floyd.engines.plain import check_inputs, check_network, embedded, read_label_and_pooled
 from floyd.engines.program import Program
 from floyd.engines.walk import Walk
-from floyd.engines.weights import Weights, check_tensor
+from floyd.engines.weights import Weights
 from floyd.models.unet import UNet2DConditionModel
-from floyd.nn.embedding import sinusoid
 
 _MOST_PROGRAMS = 3  # each has buffers of its own
 
@@ -47,7 +46,7 @@ class WinogradUNet:
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
-        _check(unet)
+        check_network(unet)
         self.unet, self.config = unet, unet.config
         self._kernels = kernels()
         self._lock = Lock()
@@ -69,13 +68,12 @@ class WinogradUNet:
         with self._lock:
             self._renew()
         unet = self.unet
-        parts = [part for part in (unet._label(class_labels, text_BLE), unet._pooled(text_BLE)) if part is not None]
         text_BLD = text_BLE if unet.encoder_hid_proj is None else unet.encoder_hid_proj(text_BLE)
         bias_BL = None
         if encoder_attention_mask is not None:
             bias_BL = ((1 - encoder_attention_mask.to(text_BLD.dtype)) * -10000.0).contiguous()
         return WinogradContext(
-            sum(parts[1:], parts[0]) if parts else None,
+            read_label_and_pooled(unet, text_BLE, class_labels),
             tuple(reader.read(text_BLD) for reader in self._walk.readers),
             bias_BL,
             *text_BLD.shape[:2],
@@ -110,7 +108,7 @@ class WinogradUNet:
 
     def _renew(self) -> None:
         """After a change to the network: to the modules it is made of, or to their weights."""
-        _check(self.unet)
+        check_network(self.unet)
         layers = tuple(self.unet.modules())
         if len(layers) != len(self._layers) or any(a is not b for a, b in zip(layers, self._layers, strict=True)):
             self._build()
@@ -124,12 +122,13 @@ class WinogradUNet:
         context: WinogradContext,
         report: Callable[[tuple[str, float]], None] | None,
     ) -> Tensor:
-        x_BCHW = self._checked(sample, context)
+        x_BCHW = check_inputs(self.unet, sample, context.batch)
         out_BCHW = x_BCHW.new_empty(len(x_BCHW), self.config.out_channels, *x_BCHW.shape[-2:])
         with self._lock:
             self._weights.follow()
             program = self._program(x_BCHW, context)
-            program.film_BF.copy_(self._film(timestep, x_BCHW, context))
+            emb_BT = embedded(self.unet, timestep, len(x_BCHW), context.emb_BT)
+            program.film_BF.copy_(self._walk.films_of(emb_BT))
             for op, layer in program.looks:
                 key, value = context.texts[layer]
                 op.text_k, op.text_v = key.data_ptr(), value.data_ptr()
@@ -141,39 +140,6 @@ class WinogradUNet:
                 report((KINDS[op.kind], own))
         return out_BCHW
 
-    def _checked(self, sample: Tensor, context: WinogradContext) -> Tensor:
-        multiple, (batch, channels, height, wide) = self.config.side_multiple, sample.shape
-        if sample.device.type != "cpu" or sample.dtype != torch.float32:
-            raise ValueError(
-                f"The engine 'winograd' computes in float32 on the CPU; sample is {sample.dtype} on {sample.device}."
-            )
-        if channels != self.config.in_channels or batch != context.batch:
-            raise ValueError(
-                f"sample must be [{context.batch}, {self.config.in_channels}, H, W] for this UNet and the text it was "
-                f"told, got {list(sample.shape)}."
-            )
-        if height % multiple or wide % multiple:
-            raise ValueError(
-                f"The sides of sample must be multiples of {multiple} for this UNet, got {height} by {wide}: "
-                "pad or resize the picture."
-            )
-        x_BCHW = 2 * sample - 1.0 if self.config.center_input_sample else sample
-        return x_BCHW.contiguous()
-
-    def _film(self, timestep: Tensor | float, x_BCHW: Tensor, context: WinogradContext) -> Tensor:
-        """What the time says to every layer."""
-        config, unet = self.config, self.unet
-        t_B = torch.as_tensor(timestep).reshape(-1).expand(len(x_BCHW))
-        features = sinusoid(
-            t_B, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
-        )
-        emb_BT = unet.time_embedding(features)
-        if context.emb_BT is not None:
-            emb_BT = emb_BT + context.emb_BT
-        if unet.time_embed_act is not None:
-            emb_BT = unet.time_embed_act(emb_BT)
-        return self._walk.films_of(emb_BT)
-
     def _program(self, x_BCHW: Tensor, context: WinogradContext) -> Program:
         batch, _, height, wide = x_BCHW.shape
         key = (batch, height, wide, context.num_tokens)
@@ -183,12 +149,6 @@ class WinogradUNet:
         while len(self._programs) > _MOST_PROGRAMS:
             self._programs.popitem(last=False)
         return self._programs[key]
-
-
-def _check(unet: nn.Module) -> None:
-    check_plain(unet)
-    for parameter in unet.parameters():
-        check_tensor(parameter)
 
 
 def prepared(unet: nn.Module) -> WinogradUNet:
