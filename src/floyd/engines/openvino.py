@@ -6,7 +6,6 @@ B images  C channels  H height  W width  L text tokens  E encoder width  T time 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from threading import Lock
@@ -15,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from floyd.engines.hoisted import Films, Hoisted, flat
 from floyd.engines.plain import check_inputs, check_network, embedded, read_label_and_pooled
 from floyd.engines.weights import counts, probed
 from floyd.errors import EngineError
 from floyd.models.unet import UNet2DConditionModel
-from floyd.models.unet_blocks import DownBlock, MidBlock, UpBlock
-from floyd.nn.attention import AddedKVAttention, TextKV
-from floyd.nn.resnet import ResnetBlock
 
 PRECISIONS = {"f32": "f32", "bf16": "bf16"}
 _MOST_MODELS = 2  # compiled ones; each has a copy of the weights
@@ -72,18 +69,18 @@ class OpenVINOUNet:
         bias_B11L = None
         if encoder_attention_mask is not None:
             bias_B11L = ((1 - encoder_attention_mask.to(text_BLD.dtype)) * -10000.0)[:, None, None, :].contiguous()
-        texts = tuple(_flat(layer.read(text_BLD) for layer in unet.attention_layers()))
+        texts = tuple(flat(layer.read(text_BLD) for layer in unet.attention_layers()))
         return OpenVINOContext(read_label_and_pooled(unet, text_BLE, class_labels), texts, bias_B11L, len(text_BLE))
 
     @torch.no_grad()
     def step(self, sample: Tensor, timestep: Tensor | float, context: OpenVINOContext) -> Tensor:
         """The prediction at one moment, [B, out_channels, H, W]."""
         x_BCHW = check_inputs(self.unet, sample, context.batch)
-        emb_BT = embedded(self.unet, timestep, len(x_BCHW), context.emb_BT)
-        inputs = [x_BCHW, emb_BT, *context.texts, *([] if context.bias_B11L is None else [context.bias_B11L])]
-        inputs = [tensor.contiguous() for tensor in inputs]
+        bias = [] if context.bias_B11L is None else [context.bias_B11L]
         with self._lock:
             self._follow(probing=False)
+            films = self._films.of(embedded(self.unet, timestep, len(x_BCHW), context.emb_BT))
+            inputs = [tensor.contiguous() for tensor in (x_BCHW, *films, *context.texts, *bias)]
             request = self._model(inputs, has_bias=context.bias_B11L is not None)
             for i, tensor in enumerate(inputs):
                 request.set_input_tensor(i, self._openvino.Tensor(tensor.numpy(), shared_memory=True))
@@ -105,6 +102,7 @@ class OpenVINOUNet:
         if same and self._counts == counts(weights) and not (probing and self._probed != probed(weights)):
             return
         self._models.clear()
+        self._films = Films(self.unet)
         self._weights, self._counts, self._probed = weights, counts(weights), probed(weights)
 
     def _model(self, inputs: list[Tensor], *, has_bias: bool) -> Any:
@@ -122,7 +120,7 @@ class OpenVINOUNet:
         decoder_class = import_module("openvino.frontend.pytorch.ts_decoder").TorchScriptPythonDecoder
         manager = import_module("openvino.frontend").FrontEndManager()  # has to live as long as the model, too
         frontend = manager.load_by_framework("pytorch")
-        step = _Step(self.unet, has_bias=has_bias).eval()
+        step = Hoisted(self.unet, num_films=len(self._films.sizes), has_bias=has_bias).eval()
         try:
             decoder = decoder_class(step, example_input=tuple(inputs))  # has to live as long as it is read
             model = frontend.convert(frontend.load(decoder))
@@ -139,45 +137,6 @@ class OpenVINOUNet:
             )
         except RuntimeError as error:
             raise EngineError(f"OpenVINO {self._openvino.__version__} cannot compile this network: {error}") from error
-
-
-class _Step(nn.Module):
-    """The network's own layers, with all that the prompt and the time decide as inputs."""
-
-    def __init__(self, unet: UNet2DConditionModel, *, has_bias: bool) -> None:
-        super().__init__()
-        self.unet, self.has_bias = unet, has_bias
-
-    def forward(self, x_BCHW: Tensor, emb_BT: Tensor, *texts: Tensor) -> Tensor:
-        unet, bias = self.unet, texts[-1] if self.has_bias else None
-        layers = self._texts(iter(texts))
-        x_BCHW = unet.conv_in(x_BCHW)
-        skips = [x_BCHW]
-        for down in unet.down_blocks:
-            assert isinstance(down, DownBlock)
-            x_BCHW = down(x_BCHW, emb_BT, skips, layers, bias)
-        assert isinstance(unet.mid_block, MidBlock)
-        x_BCHW = unet.mid_block(x_BCHW, emb_BT, layers, bias)
-        for up in unet.up_blocks:
-            assert isinstance(up, UpBlock)
-            x_BCHW = up(x_BCHW, emb_BT, skips, layers, bias)
-        out_BCHW: Tensor = unet.conv_out(unet.conv_act(unet.conv_norm_out(x_BCHW)))
-        return out_BCHW
-
-    def _texts(self, texts: Iterator[Tensor]) -> Iterator[TextKV | tuple[TextKV, ...]]:
-        for layer in self.unet.attention_layers():
-            if isinstance(layer, AddedKVAttention):
-                yield TextKV(next(texts), next(texts))
-            else:
-                only_cross = layer.transformer_blocks[0].only_cross_attention
-                yield tuple(TextKV(next(texts), next(texts)) for _ in range(2 if only_cross else 1))
-
-
-def _flat(texts: Iterator[TextKV | tuple[TextKV, ...]]) -> Iterator[Tensor]:
-    for text in texts:
-        for own in (text,) if isinstance(text, TextKV) else text:
-            yield own.key_BNLK
-            yield own.value_BNLK
 
 
 def _library() -> Any:
