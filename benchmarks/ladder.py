@@ -31,7 +31,7 @@ TIMESTEPS = tuple(range(980, -1, -20))
 
 
 def variants(device: str = "cpu") -> dict[str, Switches]:
-    names = [field.name for field in fields(Switches)]
+    names = [field.name for field in fields(Switches) if field.name not in ("compiled", "graphs")]  # bench_forward's
     alone = {name: Switches(**{"read_once": True, name: True}) for name in names}
     return {"none": Switches.off(), **alone, "all": Switches.on(), "default": Switches.best_for(device)}
 

@@ -15,7 +15,7 @@ from floyd.models.unet import UNet2DConditionModel
 from floyd.models.unet_told import Timetable
 from floyd.runtime.switches import Switches
 
-NAMES = [field.name for field in fields(Switches) if field.name != "read_once"]
+NAMES = [field.name for field in fields(Switches) if field.name not in ("read_once", "compiled", "graphs")]
 ALONE = {name: Switches(**{"read_once": True, name: True}) for name in NAMES}
 SWITCHES = {**ALONE, "all": Switches.on(), "gpu": Switches.best_for("cuda")}
 TIMESTEPS = (900, 321, 40)

@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
+from tests.runtime.test_graphs import Tape
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
+from floyd.pipelines import network
 from floyd.pipelines.network import Networks
+from floyd.runtime.graphs import Graphed
 from floyd.runtime.placement import LayerByLayer
 from floyd.runtime.switches import Switches
 
@@ -18,7 +22,7 @@ POSITIVE, NEGATIVE = tiny.embeds()
 TEXT: dict[str, Any] = {"prompt_embeds": POSITIVE, "negative_prompt_embeds": NEGATIVE}
 LOW: dict[str, Any] = {**TEXT, "image": torch.zeros(1, 3, 32, 32)}
 TOLD = {"one": TEXT, "two": LOW, "three": LOW}
-ALONE = {f.name: Switches(**{"read_once": True, f.name: True}) for f in fields(Switches)}
+ALONE = {f.name: Switches(**{"read_once": True, f.name: True}) for f in fields(Switches) if f.name != "compiled"}
 EVERY: dict[str, Switches] = {"off": Switches.off(), **ALONE, "on": Switches.on(), "gpu": Switches.best_for("cuda")}
 
 
@@ -116,3 +120,57 @@ def test_switches_are_what_was_set_and_the_best_until_then(ours: dict[str, Any])
     assert pipe.switches == Switches.best_for("cpu")
     with pytest.raises(TypeError, match="Switches or None"):
         pipe.switches = {"read_once": True}
+
+
+@pytest.mark.parametrize("stage", TOLD)
+def test_a_step_that_is_recorded_paints_the_same(
+    ours: dict[str, Any], plain: dict[str, Tensor], stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tape = Tape()
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(network, "Graphed", lambda paint: Graphed(paint, tape))
+    ours[stage].switches = Switches.on()
+    torch.testing.assert_close(paint(ours[stage], **TOLD[stage]), plain[stage], atol=2e-4, rtol=0)
+    assert tape.num_recordings == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", TOLD)
+def test_a_step_that_is_recorded_on_cuda_paints_the_same(ours: dict[str, Any], stage: str) -> None:
+    pipe = ours[stage]
+    pictures = []
+    try:
+        pipe.to("cuda")
+        for switches in (Switches(read_once=True), Switches.on()):
+            pipe.switches = switches
+            pictures.append(paint(pipe, **TOLD[stage], num_inference_steps=6))
+    finally:
+        pipe.to("cpu")
+    torch.testing.assert_close(pictures[1], pictures[0], atol=1e-3, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", TOLD)
+@pytest.mark.parametrize("how", ["torch.compile(pipe.unet)", "pipe.compile()"])
+def test_a_network_is_compiled_once_for_all_steps_and_pictures(
+    ours: dict[str, Any], plain: dict[str, Tensor], stage: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    counter, pipe = CompileCounter(), ours[stage]
+    compiler = torch.compile
+    if how == "pipe.compile()":
+        monkeypatch.setattr(torch, "compile", lambda work, **options: compiler(work, backend=counter, **options))
+        pipe.compile()
+        assert pipe.switches.compiled
+    else:
+        pipe.unet = compiler(pipe.unet, backend=counter, fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(paint(pipe, **TOLD[stage]), plain[stage], atol=2e-4, rtol=0)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_what_compiling_means_depends_on_the_device() -> None:
+    assert Switches.off().when_compiled("cpu") == Switches(read_once=True, compiled=True)
+    assert Switches.off().when_compiled("cuda") == Switches(read_once=True, compiled=True, graphs=True)
+    assert Switches.off().when_compiled("mps") == Switches.off()

@@ -16,7 +16,7 @@ def test_every_rewrite_of_a_layer_has_its_switch() -> None:
 def test_all_are_off_until_they_are_named() -> None:
     assert Switches() == Switches.off()
     assert not any(getattr(Switches(), field.name) for field in fields(Switches))
-    assert all(getattr(Switches.on(), field.name) for field in fields(Switches))
+    assert [field.name for field in fields(Switches) if not getattr(Switches.on(), field.name)] == ["compiled"]
 
 
 def test_what_is_best_depends_on_the_device() -> None:

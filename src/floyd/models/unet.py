@@ -17,7 +17,7 @@ from floyd.models.configs import DOWN_BLOCKS, MID_BLOCKS, UP_BLOCKS, UNetConfig
 from floyd.models.unet_blocks import DownBlock, MidBlock, Style, UpBlock
 from floyd.models.unet_told import Context, Ready, Timetable, Told
 from floyd.nn.activation import activation
-from floyd.nn.attention import AddedKVAttention
+from floyd.nn.attention import AddedKVAttention, TextKV
 from floyd.nn.embedding import TextTimeEmbedding, TimestepEmbedding, sinusoid
 from floyd.nn.rewrites import Rewrites, elementwise
 from floyd.nn.transformer import Transformer2D
@@ -145,7 +145,8 @@ class UNet2DConditionModel(Model):
         if ready is None:
             return Context(emb_BT, layers, bias)
         layers = tuple(
-            text if qkv is None else text._replace(qkv=qkv) for text, qkv in zip(layers, ready.projections, strict=True)
+            text._replace(qkv=qkv) if isinstance(text, TextKV) else text
+            for text, qkv in zip(layers, ready.projections, strict=True)
         )
         context = Context(emb_BT, layers, bias, ready)
         if not timesteps:

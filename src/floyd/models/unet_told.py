@@ -54,9 +54,10 @@ class Ready:
                 convolutions.append(make.ready(layer.conv))
             elif isinstance(layer, nn.Conv2d):
                 convolutions.append(make.ready(layer))
+            elif isinstance(layer, AddedKVAttention) and rewrites.fuse_qkv:
+                projections.append(layer.joined())
             else:
-                fuses = rewrites.fuse_qkv and isinstance(layer, AddedKVAttention)
-                projections.append(layer.joined() if fuses else None)
+                projections.append(None)
         return cls(
             tuple(resnets),
             tuple(convolutions),

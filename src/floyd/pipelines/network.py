@@ -5,8 +5,9 @@ K all branches' images  C channels  H height  W width  L text tokens  D text wid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from floyd.diffusion.conditioning import Conditioning
 from floyd.diffusion.guidance import Network
 from floyd.models.unet_told import Context, Ready
 from floyd.pipelines.options import dtype_of, lora_scale
+from floyd.runtime.graphs import Graphed
 from floyd.runtime.switches import Switches
 from floyd.store.layout import uncompiled
 
@@ -47,7 +49,7 @@ class Networks:
         if not (is_ours(self.unet) and self.switches.read_once) or is_engine(self.unet):
             return self
         rewrites = self.switches
-        if is_compiled(self.unet):
+        if rewrites.compiled or is_compiled(self.unet):
             rewrites = replace(rewrites, pack_convolutions=False)  # the compiler lays weights out itself
         return replace(self, ready=uncompiled(self.unet).ready(rewrites))
 
@@ -84,14 +86,20 @@ class _Stepping:
             if is_compiled(self.networks.unet):
                 out: Tensor = self.networks.unet(sample, _time(t, x_KCHW), context=self.context, return_dict=False)[0]
                 return out
-            stepped: Tensor = self.unet.step(sample, t, self.context)
-            return stepped
+            return self.paint(sample, self.unet.time(t, self.context, sample))
 
     def _read(self) -> Context:
-        timesteps = self.networks.timesteps if self.networks.switches.time_table else ()
-        ready = self.networks.ready
-        with call_scale(self.networks.scale):
-            context: Context = self.unet.read(self.text_KLD, self.level_K, ready=ready, timesteps=timesteps)
+        networks, switches = self.networks, self.networks.switches
+        timesteps = networks.timesteps if switches.time_table else ()
+        with call_scale(networks.scale):
+            context: Context = self.unet.read(self.text_KLD, self.level_K, ready=networks.ready, timesteps=timesteps)
+        is_free = networks.ready is not None  # somebody watches the others, or moves their weights about
+        paint = self.unet.paint
+        if switches.compiled and is_free:
+            paint = torch.compile(paint, fullgraph=True, dynamic=False)
+        self.paint: Callable[..., Tensor] = partial(paint, context=context)
+        if switches.graphs and is_free and self.text_KLD.is_cuda:
+            self.paint = Graphed(self.paint)
         return context
 
 

@@ -194,6 +194,16 @@ class Painter(LoraPipeline):
         if not self._interrupts.end_all():
             log.info("Nothing is being painted by this %s: there is nothing to interrupt.", type(self).__name__)
 
+    def compile(self) -> None:
+        """Let the network's step be compiled at the next call: once, for all steps and prompts of one size.
+
+        On the CPU by torch.compile; on CUDA the same, and recorded as a graph. Other devices are left as they are.
+        """
+        device = self._device_for(self.unet)
+        self.switches = self.switches.when_compiled(device)
+        if not self.switches.compiled:
+            log.info("torch.compile is not worth its time on %s: nothing is compiled.", device.type)
+
     @property
     def _interrupt(self) -> bool:
         """The incumbent's switch: `pipe._interrupt = True` in a callback ends the call."""

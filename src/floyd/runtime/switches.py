@@ -29,6 +29,10 @@ class Switches:
     """Feature maps lie in memory pixel by pixel."""
     pack_convolutions: bool = False
     """Weights of 3x3 convolutions lie as the CPU's kernels want them; takes as much memory again as they do."""
+    compiled: bool = False
+    """The step is compiled by torch.compile, which takes minutes at the first picture; weights are not packed then."""
+    graphs: bool = False
+    """On CUDA, the step is recorded as a graph and replayed; elsewhere there is nothing to record."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -45,15 +49,23 @@ class Switches:
 
     @classmethod
     def on(cls) -> Self:
-        return cls(**{field.name: True for field in fields(cls)})
+        """All that begin at once: not `compiled`."""
+        return cls(**{field.name: field.name != "compiled" for field in fields(cls)})
 
     @classmethod
     def best_for(cls, device: torch.device | str) -> Self:
         """What is on unless it is told otherwise."""
-        every = cls.on()
+        every = replace(cls.on(), graphs=False)
         if torch.device(device).type == "cpu":
             return every
         return replace(every, rewrite_upsampling=False, channels_last=False, pack_convolutions=False)
+
+    def when_compiled(self, device: torch.device | str) -> Self:
+        """With what makes the most of a compiler on a device; as it is where there is none worth waiting for."""
+        kind = torch.device(device).type
+        if kind not in ("cpu", "cuda", "xpu"):
+            return self
+        return replace(self, read_once=True, compiled=True, graphs=self.graphs or kind == "cuda")
 
 
 _NEED_READING = (
@@ -63,4 +75,6 @@ _NEED_READING = (
     "rewrite_upsampling",
     "channels_last",
     "pack_convolutions",
+    "compiled",
+    "graphs",
 )
