@@ -6,6 +6,7 @@ The device counts bytes, and copies as late as it may: whoever forgets to wait c
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -162,6 +163,36 @@ def test_calls_at_the_same_time_share_the_ring() -> None:
     with ThreadPoolExecutor(3) as pool:
         assert all(torch.equal(out, expected) for out in pool.map(call, range(6)))
     assert transfers.peak_bytes <= 6 * (3 * LAYER + 256)  # as many journeys as calls, if none overlapped
+
+
+class Gate(nn.Linear):
+    """Waits in the midst of its work, and looks whether its weights are still where they were."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 16)
+        self.entered, self.opened = threading.Event(), threading.Event()
+        self.moved = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.weight.data_ptr()
+        self.entered.set()
+        assert self.opened.wait(10)
+        self.moved |= self.weight.data_ptr() != before
+        return super().forward(x)
+
+
+def test_a_slot_in_use_by_one_call_is_not_taken_by_another() -> None:
+    network = nn.ModuleList([Gate(), *[nn.Linear(16, 16) for _ in range(5)]]).requires_grad_(False)
+    gate, x = network[0], torch.ones(1, 16)
+    assert isinstance(gate, Gate)
+    with streamed(2 * LAYER)[0].use(network), ThreadPoolExecutor(1) as pool:
+        held = pool.submit(gate, x)
+        assert gate.entered.wait(10)
+        for layer in network[1:]:
+            layer(x)
+        gate.opened.set()
+        held.result(10)
+    assert not gate.moved
 
 
 def test_too_small_a_budget_says_how_much_is_needed() -> None:
