@@ -38,7 +38,7 @@ def test_the_keys_and_their_defaults_are_the_incumbents(scheduler_class):
 @pytest.mark.parametrize(
     "config",
     [
-        {},  # the first sigma of the cosine schedule, 20291, costs the incumbent's Heun four digits
+        {},
         COSINE | {"timestep_spacing": "leading", "steps_offset": 1},
         {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
     ],
@@ -64,6 +64,24 @@ def test_a_chain_equals_the_incumbents_scaled_to_unit_variance(scheduler_class, 
         their_x = theirs.step(out, t, their_x, **extra).prev_sample
     torch.testing.assert_close(x, their_x, rtol=1e-5, atol=1e-5 * their_x.abs().max().item())
     assert torch.equal(generator.get_state(), their_generator.get_state())
+
+
+def test_heun_does_not_correct_what_leaves_pure_noise():
+    """The correction would be thousands of times the difference of two predictions."""
+    scheduler = HeunDiscreteScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+    steps = scheduler.steps((999, 800, 500, 100))
+    assert [(step.t, step.t_prev) for step in steps] == [
+        (999, 800), (800, 500), (500, 500), (500, 100), (100, 100), (100, -1),
+    ]  # fmt: skip
+    mean, std, schedule = 0.4, 0.1, scheduler.schedule
+    noise, sampler = Noise.seeded(0), scheduler.sampler()
+    x = noise(torch.zeros(1, 3, 64, 64))
+    for step in scheduler.steps(scheduler.timesteps_for(8)):
+        abar = schedule.alpha_bar(step.t)
+        told = (1 - abar) ** 0.5 * (x - abar**0.5 * mean) / (abar * std**2 + 1 - abar)  # of a Gaussian
+        (x, _), sampler = sampler.advance(x, Prediction(told * 1.01), step, noise)  # and a little wrong
+    assert x.mean().item() == pytest.approx(mean, abs=0.05)
+    assert x.std().item() == pytest.approx(std, abs=0.05)
 
 
 def test_a_chain_may_end_at_the_smallest_noise_level_of_training():

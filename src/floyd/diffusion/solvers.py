@@ -123,13 +123,21 @@ class Heun(Solver, Remembering):
         return Move(arrived_BCHW, clean_BCHW), replace(self, attempt=Attempt(now, clean_BCHW, slope_BCHW))
 
 
-def with_corrections(steps: Iterable[Step]) -> tuple[Step, ...]:
-    """Each step followed by its correction, a step that stays where it is; the last has none: it ends clean."""
+MOST_SIGMA = 200.0  # from which a step is corrected; the linear schedule begins at 157, the cosine one at 20,291
+
+
+def with_corrections(steps: Iterable[Step], schedule: NoiseSchedule | None = None) -> tuple[Step, ...]:
+    """Each step followed by its correction, a step that stays where it is; the last has none: it ends clean.
+
+    Given the schedule, nor has a step from above MOST_SIGMA. It leaves pure noise, and its correction would weigh the
+    difference of two predictions with half the ratio of its noise levels, thousands for a cosine schedule.
+    """
     index = count()
     moves: list[Step] = []
     for step in steps:
         moves.append(Step(next(index), step.t, step.t_prev))
-        if not step.is_last:
+        is_pure_noise = schedule is not None and float(1 / schedule.alpha_bar(step.t) - 1) > MOST_SIGMA**2
+        if not step.is_last and not is_pure_noise:
             moves.append(Step(next(index), step.t_prev, step.t_prev))
     return tuple(moves)
 

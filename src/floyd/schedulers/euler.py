@@ -70,13 +70,14 @@ class EulerAncestralDiscreteScheduler(SolverScheduler):
 
 
 class HeunDiscreteScheduler(SolverScheduler):
-    """Heun's method (arXiv:2206.00364): n timesteps are 2n - 1 evaluations. It always ends clean."""
+    """Heun's method (arXiv:2206.00364): n timesteps are 2n - 1 evaluations, or 2n - 2 from pure noise of the cosine
+    schedule, which is not corrected. It always ends clean."""
 
     config_class: ClassVar[type[Config]] = HeunDiscreteConfig
 
     def steps(self, timesteps: Iterable[int], strength: float = 1.0) -> tuple[Step, ...]:
-        """The moves along a table, each but the last followed by its correction."""
-        return with_corrections(super().steps(timesteps, strength))
+        """The moves along a table, each followed by its correction, but for the last and those from pure noise."""
+        return with_corrections(super().steps(timesteps, strength), self.schedule)
 
     def sampler(self, num_inference_steps: int | None = None, *, eta: float = 0.0) -> Heun:
         """A sampler for one call; the table of timesteps alone decides where each step goes."""
