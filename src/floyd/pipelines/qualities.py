@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 from floyd.pipelines.painter import Painter
-from floyd.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from floyd.schedulers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
 from floyd.schedulers.base import Scheduler
 
 Quality = Literal["draft", "standard", "quality"]
@@ -23,17 +23,17 @@ class Sampling(NamedTuple):
 QUALITIES: Mapping[Quality, Mapping[str, Sampling]] = MappingProxyType(
     {
         "draft": {
-            "stage_1": Sampling(DPMSolverMultistepScheduler, 10),
-            "stage_2": Sampling(DPMSolverMultistepScheduler, 8),
+            "stage_1": Sampling(EulerAncestralDiscreteScheduler, 10),
+            "stage_2": Sampling(EulerAncestralDiscreteScheduler, 10),
             "stage_3": Sampling(DDIMScheduler, 8),
         },
         "standard": {
-            "stage_1": Sampling(DPMSolverMultistepScheduler, 20),
+            "stage_1": Sampling(EulerAncestralDiscreteScheduler, 20),
             "stage_2": Sampling(DDPMScheduler, "smart27"),
             "stage_3": Sampling(DDIMScheduler, 20),
         },
         "quality": {
-            "stage_1": Sampling(DDPMScheduler, 100),
+            "stage_1": Sampling(DDPMScheduler, 50),
             "stage_2": Sampling(DDPMScheduler, 50),
             "stage_3": Sampling(DDIMScheduler, 75),
         },
