@@ -159,11 +159,12 @@ class UNet2DConditionModel(Model):
 
     def time(self, timestep: Tensor | float, context: Context, sample: Tensor) -> Tensor:
         """[B, S]: what is told the layers about the time; the embedding comes first."""
-        if context.table is not None and isinstance(timestep, int):
+        ready = None if torch.is_grad_enabled() else context.ready  # a table learns nothing
+        if ready is not None and context.table is not None and isinstance(timestep, int):
             return context.table.row(timestep)
         t_B = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         emb_BT = self._time(t_B, context.emb_BT, sample.dtype)
-        return emb_BT if context.ready is None else context.ready.says(emb_BT[None])[0]
+        return emb_BT if ready is None else ready.says(emb_BT[None])[0]
 
     def paint(self, sample: Tensor, time_BS: Tensor, context: Context) -> Tensor:
         """A step that was told the time: a function of tensors alone, always the same work."""

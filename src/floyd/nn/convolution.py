@@ -92,17 +92,15 @@ class PackedDoubling:
     """The same with packed weights."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        self.weight, self.bias = (
-            transposed_kernel(conv.weight.detach()),
-            None if conv.bias is None else conv.bias.detach(),
-        )
+        self.weight, self.bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
         self.places = ((1, 1), (0, 0), (2, 2), (1, 1), 1)  # padding, that of the output, stride, dilation, groups
         self.laid_out: tuple[list[int], Tensor | None] = ([], None)
 
     def __call__(self, x_BCHW: Tensor) -> Tensor:
         size, weight = list(x_BCHW.shape), self.laid_out[1]
         if self.laid_out[0] != size:
-            weight = torch.ops.mkldnn._reorder_convolution_transpose_weight(self.weight, *self.places, size)
+            kernel = transposed_kernel(self.weight)
+            weight = torch.ops.mkldnn._reorder_convolution_transpose_weight(kernel, *self.places, size)
             self.laid_out = (size, weight)
         out: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise(
             x_BCHW, weight, self.bias, *self.places, "none", [], ""
