@@ -122,7 +122,14 @@ def measured(which: str, rounds: int, *, with_half: bool) -> dict[str, Any]:
             "first_s": first_s[label],
             "all_wall_s": wall[label],
         }
-    return {"network": which, "side": side, "batch": 2, "threads": torch.get_num_threads(), "rounds": rounds, "rows": rows}
+    return {
+        "network": which,
+        "side": side,
+        "batch": 2,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "rows": rows,
+    }
 
 
 def main() -> None:

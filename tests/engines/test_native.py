@@ -145,8 +145,8 @@ def test_a_linear_layer(compiled: Kernels, rows: int, ins: int, outs: int) -> No
     torch.manual_seed(0)
     x, weight, bias, add = torch.randn(rows, ins), torch.randn(outs, ins), torch.randn(outs), torch.randn(rows, outs)
     out = done(
-        compiled, "linear", torch.empty(rows, outs), 2, x=x, weight=panels(weight.T, compiled.lanes), bias=bias, add=add,
-        channels=ins, out_channels=outs, batch=1, height=1, width=rows,
+        compiled, "linear", torch.empty(rows, outs), 2, x=x, weight=panels(weight.T, compiled.lanes), bias=bias,
+        add=add, channels=ins, out_channels=outs, batch=1, height=1, width=rows,
     )  # fmt: skip
     torch.testing.assert_close(out, F.linear(x, weight, bias) + add, atol=2e-4, rtol=1e-5)
 

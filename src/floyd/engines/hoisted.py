@@ -26,9 +26,7 @@ class Films:
         self.resnets = list(resnets_of(unet))
         self.weight_FT = torch.cat([resnet.time_emb_proj.weight for resnet in self.resnets])
         self.bias_F = torch.cat([_film_bias(resnet) for resnet in self.resnets])
-        self.sizes = [
-            resnet.conv1.out_channels for resnet in self.resnets for _ in range(2 if resnet.is_film else 1)
-        ]
+        self.sizes = [resnet.conv1.out_channels for resnet in self.resnets for _ in range(2 if resnet.is_film else 1)]
         self.is_mixed = len({(resnet.skip_time_act, type(resnet.nonlinearity)) for resnet in self.resnets}) > 1
 
     def of(self, emb_BT: Tensor) -> list[Tensor]:

@@ -57,7 +57,9 @@ class Kernels:
         try:
             library = ctypes.CDLL(str(path))
         except OSError as error:
-            raise EngineError(f"The compiled engine {path} cannot be loaded: delete it and try again. {error}") from error
+            raise EngineError(
+                f"The compiled engine {path} cannot be loaded: delete it and try again. {error}"
+            ) from error
         self.path = path
         self.lanes: int = library.floyd_lanes()
         self.has_threads = bool(library.floyd_has_threads())

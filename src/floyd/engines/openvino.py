@@ -5,6 +5,7 @@ B images  C channels  H height  W width  L text tokens  E encoder width  T time 
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from importlib import import_module
@@ -122,7 +123,9 @@ class OpenVINOUNet:
         frontend = manager.load_by_framework("pytorch")
         step = Hoisted(self.unet, num_films=len(self._films.sizes), has_bias=has_bias).eval()
         try:
-            decoder = decoder_class(step, example_input=tuple(inputs))  # has to live as long as it is read
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch.jit.trace is deprecated; torch.export takes thrice as long
+                decoder = decoder_class(step, example_input=tuple(inputs))  # has to live as long as it is read
             model = frontend.convert(frontend.load(decoder))
             shapes = {i: self._openvino.PartialShape(list(tensor.shape)) for i, tensor in enumerate(inputs)}
             model.reshape(shapes)

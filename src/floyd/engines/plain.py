@@ -55,9 +55,7 @@ def check_inputs(unet: UNet2DConditionModel, sample: Tensor, batch: int) -> Tens
     return x_BCHW.contiguous()
 
 
-def read_label_and_pooled(
-    unet: UNet2DConditionModel, text_BLE: Tensor, class_labels: Tensor | None
-) -> Tensor | None:
+def read_label_and_pooled(unet: UNet2DConditionModel, text_BLE: Tensor, class_labels: Tensor | None) -> Tensor | None:
     """[B, T], what prompt and noise level add to the embedding of time."""
     parts = [part for part in (unet._label(class_labels, text_BLE), unet._pooled(text_BLE)) if part is not None]
     return sum(parts[1:], parts[0]) if parts else None

@@ -24,7 +24,7 @@ _ACTS: dict[type[nn.Module], str] = {nn.SiLU: "silu", nn.GELU: "gelu", nn.Mish: 
 
 @dataclass(eq=False)
 class Map:
-    """A feature map [B, H, W, channels] in a buffer; the buffer is free again once it was used as often as announced."""
+    """A feature map [B, H, W, channels] in a buffer, which is free again once it was used as often as announced."""
 
     buffer: Tensor
     segments: Segments
@@ -103,8 +103,8 @@ class Program:
         add: Map | None = None,
         alpha: float = 1.0,
     ) -> Map:
-        """Of x as it is, or enlarged to `size` by repeating pixels. `film` stands for the bias where it is given; `add`,
-        which may have half the size, is added."""
+        """Of x as it is, or enlarged to `size` by repeating pixels. `film` stands in for the bias; `add`, which may be
+        of half the size, is added."""
         height, wide = size or (x.height, x.width)
         fields: dict[str, Any] = {"x": x.buffer, "x_height": x.height, "x_width": x.width, "channels": x.channels}
         if size is not None:
@@ -117,13 +117,13 @@ class Program:
         if add is not None:
             fields |= {"add": add.buffer, "alpha": alpha, "add_is_halved": add.height != height}
         kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-        is_plain = conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
-        assert is_plain and isinstance(padding, int), "the UNet's constructor makes no other convolutions"
+        assert (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros"), "a UNet makes no others"
+        assert isinstance(padding, int)
         if (kernel, stride, padding) == (3, 1, 1):
             kind, fields["tile"] = "conv3", self._tile(height, wide)
             weight = self.weights.conv3(conv, x.segments, factor, fields["tile"])
         else:
-            assert add is None and film is None and factor == 1
+            assert (add, film, factor) == (None, None, 1.0), "these are for residual blocks"
             kind, weight = "conv", self.weights.conv(conv, x.segments)
             fields |= {"kernel": kernel, "stride": stride, "padding": padding}
             height, wide = ((side + 2 * padding - kernel) // stride + 1 for side in (height, wide))
@@ -188,7 +188,7 @@ class Program:
         return out
 
     def attention(self, q: Map, heads: Segments, *, text: int | None, num_tokens: int, looks_at_pixels: bool) -> Map:
-        """`q` is [q] or, where the pixels are looked at, [q, k, v]; `text` says which layer's keys stand before theirs."""
+        """`q` is [q] or, where the pixels are looked at, [q, k, v]; `text`: which layer's keys stand before theirs."""
         out = self._map(heads, q.height, q.width)
         op = self._add(
             "attention", out, x=q.buffer, heads=len(heads), head_width=padded(heads[0]), factor=heads[0] ** -0.5,

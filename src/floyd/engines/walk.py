@@ -188,10 +188,9 @@ class Walk:
         h = self._projected(self.to.norm(x.keep(), None, layer.norm), [layer.proj_in], inner)
         h = self._looked(h, block.norm1, block.attn1, at_text=block.only_cross_attention)
         h = self._looked(h, block.norm2, block.attn2, at_text=True)
-        wide, _, narrow = block.ff.net
-        gated = self._projected(
-            self.to.layer_norm(h.keep(), block.norm3), [_proj(wide)], (narrow.weight.shape[1],) * 2
-        )
+        wide, narrow = _proj(block.ff.net[0]), block.ff.net[-1]
+        gated = self.to.layer_norm(h.keep(), block.norm3)
+        gated = self._projected(gated, [wide], (wide.out_features // 2,) * 2)
         h = self._projected(self.to.geglu(gated), [narrow], inner, add=h)
         return self._projected(h, [layer.proj_out], x.segments, add=x)
 
@@ -251,6 +250,3 @@ def _film_bias(resnet: ResnetBlock) -> Tensor:
     if resnet.is_film:
         return bias + spread(torch.cat([torch.ones(channels), torch.zeros(channels)]), (channels, channels))
     return bias + spread(_bias(resnet.conv1), (channels,))
-
-
-

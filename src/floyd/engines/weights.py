@@ -1,7 +1,9 @@
 """A network's weights as the kernels read them: packed when first used, and again whenever they have changed.
 
-K channels that are read  N channels that are written  A row of channels is split into segments (one for each tensor that
-stands in it, or for each head), and every segment is padded to a multiple of 16.
+K channels that are read  N channels that are written
+
+A row of channels is split into segments (one for each tensor that stands in it, or for each head), and every segment is
+padded to a multiple of 16.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def spread(x: Tensor, segments: Segments) -> Tensor:
 
 def panels(weight_KN: Tensor, lanes: int) -> Tensor:
     """Two vectors' width of columns after the other, the last panel one vector wide if that is enough."""
-    rows, columns = weight_KN.shape
+    columns = weight_KN.shape[1]
     whole = columns // (2 * lanes) * 2 * lanes
     parts = [weight_KN[:, :whole].unflatten(1, (-1, 2 * lanes)).transpose(0, 1).reshape(-1)] if whole else []
     if whole < columns:
@@ -107,11 +109,13 @@ class Weights:
         def fill(tensor: Tensor) -> None:
             weight = conv.weight.detach().contiguous()
             self.kernels.pack_conv3(
-                weight.data_ptr(), *weight.shape[:2], place_K.data_ptr(), rows, columns, factor, tile,
+                weight.data_ptr(), weight.shape[0], weight.shape[1], place_K.data_ptr(), rows, columns, factor, tile,
                 tensor.data_ptr(), torch.get_num_threads(),
             )  # fmt: skip
 
-        return self._kept(("conv3", conv, segments, factor, tile), lambda: (conv.weight,), (tile + 2) ** 2 * rows * columns, fill)
+        return self._kept(
+            ("conv3", conv, segments, factor, tile), lambda: (conv.weight,), (tile + 2) ** 2 * rows * columns, fill
+        )
 
     def conv(self, conv: nn.Conv2d, segments: Segments) -> Tensor:
         """A kernel of any size, as a matrix with a row for each tap and channel."""
@@ -206,8 +210,9 @@ class Weights:
 def check_tensor(tensor: Tensor) -> None:
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
         raise EngineError(
-            f"This engine computes in float32 on the CPU, from plain weights; the network has a {type(tensor).__name__} "
-            f"in {tensor.dtype} on {tensor.device}. Load it unquantized with torch_dtype=torch.float32, or use no engine."
+            "Engines compute from plain weights in float32 on the CPU; the network has a "
+            f"{type(tensor).__name__} in {tensor.dtype} on {tensor.device}. Load it unquantized with "
+            "torch_dtype=torch.float32, or use no engine."
         )
 
 

@@ -152,7 +152,7 @@ class WinogradUNet:
 
 
 def prepared(unet: nn.Module) -> WinogradUNet:
-    """The network's twin, which computes faster. It looks at the network's weights, and keeps packed ones beside them."""
+    """The network's twin, which computes faster, from packed copies of the network's weights."""
     if not isinstance(unet, UNet2DConditionModel):
         raise TypeError(f"The engine 'winograd' runs floyd's UNet2DConditionModel, got a {type(unet).__name__}.")
     return WinogradUNet(unet)
