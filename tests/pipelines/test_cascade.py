@@ -295,20 +295,20 @@ def test_another_thread_interrupts_a_call(cascade: Cascade) -> None:
     is_painting = threading.Event()
     caller = threading.Thread(target=lambda: results.append(cascade(PROMPT, steps=(1000, 1, 1))))
     first = cascade.stages["stage_1"]
-    unet, step = first.unet, first.unet.step
+    unet, paint = first.unet, first.unet.paint
 
-    def told(*args: Any) -> Any:
+    def told(*args: Any, **kwargs: Any) -> Any:
         is_painting.set()
-        return step(*args)
+        return paint(*args, **kwargs)
 
-    unet.step = told
+    unet.paint = told
     try:
         caller.start()
         assert is_painting.wait(30)
         cascade.interrupt()
         caller.join(30)
     finally:
-        del unet.step
+        del unet.paint
     assert not caller.is_alive()
     assert results[0].is_interrupted
     assert list(results[0].stages) == ["stage_1"]

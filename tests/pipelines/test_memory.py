@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.adapters import lora_files
+from tests.adapters.lora_files import made_up
 from torch import nn
 
 from floyd.pipelines.base import DiffusionPipeline
 from floyd.pipelines.cascade import Cascade
+from floyd.pipelines.deepfloyd_if import IFPipeline
 from floyd.pipelines.events import StageStarted
 from floyd.pipelines.memory import Managed
 from floyd.pipelines.sizing import Sizing, Workload
@@ -198,19 +201,19 @@ def test_an_unloaded_pipeline_can_be_saved_and_moved(folders: dict[str, Path], t
 
 
 class Short:
-    """A network's `step` that runs out of memory so many times, at its second call and after."""
+    """A network's `paint` that runs out of memory so many times, at its second call and after."""
 
     def __init__(self, unet: Any, times: int) -> None:
-        self.step, self.times, self.calls = unet.step, times, 0
+        self.paint, self.times, self.calls = unet.paint, times, 0
         self.rows: list[int] = []
 
-    def __call__(self, sample: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def __call__(self, sample: torch.Tensor, *arguments: Any, **told: Any) -> torch.Tensor:
         self.calls += 1
         self.rows.append(len(sample))
         if self.calls > 1 and self.times:
             self.times -= 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return self.step(sample, *arguments)
+        return self.paint(sample, *arguments, **told)
 
 
 def test_where_memory_runs_out_it_is_tried_once_more_with_less(
@@ -220,7 +223,7 @@ def test_where_memory_runs_out_it_is_tried_once_more_with_less(
     call: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt"}
     whole = pipe(PROMPT, generator=torch.Generator().manual_seed(1), **call).images
     short = Short(pipe.unet, times=1)
-    monkeypatch.setattr(pipe.unet, "step", short, raising=False)
+    monkeypatch.setattr(pipe.unet, "paint", short, raising=False)
     again = pipe(PROMPT, generator=torch.Generator().manual_seed(1), **call).images
     torch.testing.assert_close(again, whole, atol=1e-4, rtol=0)
     assert short.rows == [2, 2, 1, 1, 1, 1, 1, 1]
@@ -229,7 +232,7 @@ def test_where_memory_runs_out_it_is_tried_once_more_with_less(
 
 
 def test_it_is_tried_no_more_than_once_more(ours: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours["one"].unet, "step", Short(ours["one"].unet, times=2), raising=False)
+    monkeypatch.setattr(ours["one"].unet, "paint", Short(ours["one"].unet, times=2), raising=False)
     with pytest.raises(torch.OutOfMemoryError):
         ours["one"](PROMPT, num_inference_steps=3)
 
@@ -241,7 +244,7 @@ def test_a_cascade_repeats_the_stage_with_a_smaller_plan(
     assert cascade.memory is not None
     before = cascade.memory.budget.ram_bytes
     unet = cascade.stages["stage_2"].unet
-    unet.step = Short(unet, times=1)
+    unet.paint = Short(unet, times=1)
     with caplog.at_level(logging.WARNING):
         assert np.abs(painted(cascade) - expected).max() <= 1
     assert cascade.memory.budget.ram_bytes < before
@@ -286,3 +289,16 @@ def test_the_predicted_peak_of_main_memory_is_the_measured_one(size: int) -> Non
     done = subprocess.run([sys.executable, "-c", PREDICT, str(size)], capture_output=True, text=True, check=True)
     predicted, measured = map(int, done.stdout.split())
     assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_a_network_with_lora_is_not_read_from_the_disk_again(models: list[Path]) -> None:
+    """What lies there is without."""
+    cascade = Cascade.from_pretrained(*models, memory=Budget(vram=0, ram="4GB"))
+    stage = cascade.stages["stage_1"]
+    layers = made_up(IFPipeline.from_pretrained(models[0]).unet)
+    plain = painted(cascade)
+    stage.load_lora_weights(lora_files.peft(layers))
+    changed = painted(cascade)
+    assert np.abs(changed - plain).max() > 3
+    cascade.unload()
+    np.testing.assert_array_equal(painted(cascade), changed)

@@ -113,9 +113,9 @@ def test_the_network_reads_the_text_anew_only_when_it_changed(
     kind, count = type(ours["one"].unet), []
     read = kind.read
 
-    def counting(self: Any, *args: Any) -> Any:
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
         count.append(1)
-        return read(self, *args)
+        return read(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "read", counting)
     paint(ours["one"], lambda pipe, i, t, tensors: tensors, ALL, **TEXT)

@@ -18,6 +18,7 @@ from floyd.adapters.factors import Factors, read_layers, sorted_out
 from floyd.adapters.keys import COMPONENTS, TEXT_ENCODER, UNET, read_key
 from floyd.errors import CheckpointError
 from floyd.pipelines.base import DiffusionPipeline
+from floyd.runtime.sleeping import forget, wake
 from floyd.store.layout import uncompiled
 
 log = logging.getLogger(__name__)
@@ -81,8 +82,10 @@ class LoraPipeline(DiffusionPipeline):
             log.warning("LoRA is disabled on this %s: %s acts once you call enable_lora().", type(self).__name__, name)
 
     def _attach(self, name: str, layers: Mapping[nn.Module, Mapping[str, Factors]]) -> None:
-        """On all networks, or on none."""
+        """On all networks, or on none. Theirs are then no longer the weights on the disk: they stay in memory."""
         done: list[nn.Module] = []
+        for network in layers:
+            wake(network)
         try:
             for network, own in layers.items():
                 attached.attach(network, name, own)
@@ -91,6 +94,8 @@ class LoraPipeline(DiffusionPipeline):
             for network in done:
                 attached.remove(network, [name])
             raise
+        for network in layers:
+            forget(network)
         for other in self._networks().values():
             attached.activate(other, [name])
 

@@ -18,7 +18,7 @@ from floyd.diffusion.conditioning import Conditioning
 from floyd.diffusion.guidance import Network
 from floyd.models.unet_told import Context, Ready
 from floyd.pipelines.options import dtype_of, lora_scale
-from floyd.runtime.graphs import Graphed
+from floyd.runtime.graphs import Graphed, can_record
 from floyd.runtime.switches import Switches
 from floyd.store.layout import uncompiled
 
@@ -98,7 +98,7 @@ class _Stepping:
         if switches.compiled and is_free:
             paint = torch.compile(paint, fullgraph=True, dynamic=False)
         self.paint: Callable[..., Tensor] = partial(paint, context=context)
-        if switches.graphs and is_free and self.text_KLD.is_cuda:
+        if switches.graphs and is_free and can_record(self.text_KLD):
             self.paint = Graphed(self.paint)
         return context
 

@@ -30,6 +30,11 @@ def cuda_recorder(work: Callable[[], Tensor]) -> Recording:
     return Recording(graph.replay, out)
 
 
+def can_record(like: Tensor) -> bool:
+    """Whether work on such tensors can be recorded."""
+    return like.is_cuda
+
+
 class Graphed:
     """A function of tensors that is recorded the second time it is called, and replayed from then on.
 
