@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from floyd.errors import CheckpointError, ConfigError, SafetyError
-from floyd.pipelines.cascade import Cascade, Done, StageDone, StageStarted, StepDone, stage_seed
+from floyd.pipelines.cascade import Cascade, Done, StageDone, StageStarted, StepDone
+from floyd.pipelines.run import stage_seed
 from floyd.runtime.placement import OneAtATime
 
 PROMPT = "a red circle"

@@ -23,7 +23,8 @@ import torch
 from torch import Generator, Tensor
 
 from floyd.apps.settings import Settings, merged
-from floyd.pipelines.cascade import Cascade, stage_seed
+from floyd.pipelines.cascade import Cascade
+from floyd.pipelines.run import stage_seed
 from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
 from floyd.scenes.captions import Caption, captioned
 from floyd.scenes.judge import Reading, Seen, Verdict, read, verdict
