@@ -28,7 +28,8 @@ from floyd.runtime.budget import Budget
 from floyd.runtime.machine import ANY_CARD
 from floyd.runtime.parts import Precision
 from floyd.runtime.placement import Assigned
-from floyd.runtime.plan import CARD_WORKSPACE, plan
+from floyd.runtime.places import CARD_WORKSPACE
+from floyd.runtime.plan import plan
 from floyd.runtime.sleeping import is_asleep
 from floyd.runtime.streaming import Streamed
 

@@ -8,9 +8,11 @@ from itertools import pairwise, product
 import pytest
 
 from floyd.runtime.budget import Budget
+from floyd.runtime.choices import CARD_PROCESS_BYTES
 from floyd.runtime.machine import ANY_CARD, Machine
 from floyd.runtime.parts import Part, Precision, Way, Weight, bytes_of
-from floyd.runtime.plan import CARD_PROCESS_BYTES, CARD_WORKSPACE, Plan, plan
+from floyd.runtime.places import CARD_WORKSPACE
+from floyd.runtime.plan import Plan, plan
 
 HALF, PACKED, TINY = Precision("bfloat16"), Precision("bfloat16", "int8"), Precision("bfloat16", "int4")
 CPU = Machine(name="a CPU", flops=1e11, memory_bytes=3e10, link_bytes=0)
