@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what `_HOMES` says, for editors and type checkers
     from floyd.pipelines.sizing import Workload
     from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
     from floyd.runtime.budget import Budget
+    from floyd.runtime.profile import Profile
     from floyd.schedulers.ddim import DDIMScheduler
     from floyd.schedulers.ddpm import DDPMScheduler
     from floyd.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
@@ -57,6 +58,7 @@ __all__ = [
     "IFSafetyChecker",
     "IFSuperResolutionPipeline",
     "IFWatermarker",
+    "Profile",
     "StableDiffusionUpscalePipeline",
     "UNet2DConditionModel",
     "UniPCMultistepScheduler",
@@ -88,6 +90,7 @@ _HOMES = {
     "IFSafetyChecker": "floyd.models.safety",
     "IFSuperResolutionPipeline": "floyd.pipelines.deepfloyd_if",
     "IFWatermarker": "floyd.models.watermark",
+    "Profile": "floyd.runtime.profile",
     "StableDiffusionUpscalePipeline": "floyd.pipelines.upscale",
     "UNet2DConditionModel": "floyd.models.unet",
     "UniPCMultistepScheduler": "floyd.schedulers.multistep",

@@ -25,6 +25,8 @@ from floyd.pipelines.sizes import Sides, Size, planned
 from floyd.pipelines.sizing import Workload
 from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
 from floyd.pipelines.watching import Interrupts
+from floyd.runtime.clock import passed_on
+from floyd.runtime.profile import Profile
 from floyd.store.presets import STAGES, write_presets
 
 __all__ = ["Cascade", "CascadeResult", "Done", "StageDone", "StageStarted", "StepDone"]
@@ -241,6 +243,10 @@ class Cascade:
             )
         return self._events(order)
 
+    def profile(self, *, floor: bool = True) -> Profile:
+        """Where the time goes: `with cascade.profile() as profile:`, calls, and after the block `print(profile)`."""
+        return Profile(floor=floor)
+
     def interrupt(self) -> None:
         """End every call and run under way, from any thread, after the step it is at.
 
@@ -251,4 +257,4 @@ class Cascade:
 
     def _events(self, order: Order) -> Iterator[Event]:
         with self._interrupts.call() as end:
-            yield from Run(order, self.stages, self.memory, self._load_text_encoder, end).events()
+            yield from passed_on(Run(order, self.stages, self.memory, self._load_text_encoder, end).events())

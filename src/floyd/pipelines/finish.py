@@ -23,6 +23,7 @@ from floyd.images.convert import pt_to_pil, to_output, to_unit
 from floyd.images.watermark import draw
 from floyd.models.safety import THRESHOLD, SafetyScores
 from floyd.pipelines.options import Action, dtype_of
+from floyd.runtime.clock import part
 from floyd.runtime.placement import Placement
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ class Judge:
             known = None if before is None else before.nsfw
             treatments: list[Action] = [action if was_unsafe else "flag" for was_unsafe in known or ()]
             return Finished(_treated(x_BCHW, treatments), known, None, watermark)
-        reports = self._reports(x_BCHW, before)
+        with part("safety"):
+            reports = self._reports(x_BCHW, before)
         if not is_preview:
             _tell(reports, action)
         treatments = [report.treatment(action) for report in reports]

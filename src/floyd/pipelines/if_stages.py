@@ -28,6 +28,7 @@ from floyd.pipelines.options import MAX_SIDE, Options, check_noise_level, check_
 from floyd.pipelines.output import IFInpaintingOutput, IFPipelineOutput
 from floyd.pipelines.painter import LowRes, Painter, Task
 from floyd.pipelines.pictures import masks, pictures
+from floyd.pipelines.timed import part_of
 from floyd.text.prompts import T5_TOKENS, PromptPair, encode_prompt
 from floyd.text.tokens import teach
 
@@ -88,7 +89,7 @@ class IFStage(Painter):
 
         `clean_caption` is off here and on in the call, as in the incumbent: encoded here, a prompt is only lower-cased.
         """
-        with self._lent_encoder(batch_invariant) as lent, steady(batch_invariant):
+        with part_of(self, "text"), self._lent_encoder(batch_invariant) as lent, steady(batch_invariant):
             pair = encode_prompt(
                 prompt,
                 tokenizer=self.tokenizer,
@@ -124,10 +125,11 @@ class IFStage(Painter):
         return list(rows)
 
     def _call(self, arguments: Mapping[str, Any]) -> IFPipelineOutput | tuple[Any, Any, Any]:
-        task, x_BCHW = self._run(arguments)
-        done = self.finished(x_BCHW, task.options.safety, batch_invariant=task.options.batch_invariant)
-        with steady(task.options.batch_invariant):
-            output = _output(task, done)
+        with part_of(self, "other"):
+            task, x_BCHW = self._run(arguments)
+            done = self.finished(x_BCHW, task.options.safety, batch_invariant=task.options.batch_invariant)
+            with steady(task.options.batch_invariant):
+                output = _output(task, done)
         if task.options.return_dict:
             return output
         return output.images, output.nsfw_detected, output.watermark_detected

@@ -18,7 +18,7 @@ from floyd.adapters.attached import heeds_calls
 from floyd.diffusion.canvas import Canvas
 from floyd.diffusion.conditioning import Conditioning, low_res_condition
 from floyd.diffusion.engine import Moved, OnStep, denoise, moves
-from floyd.diffusion.guidance import Guidance, Predict
+from floyd.diffusion.guidance import Guidance, Network, Predict
 from floyd.diffusion.noise import Noise
 from floyd.diffusion.repaint import repainting
 from floyd.diffusion.samplers import Sampler
@@ -32,7 +32,10 @@ from floyd.pipelines.lora import LoraPipeline
 from floyd.pipelines.memory import Managed, first_line, make_room, restore, second_try, states_of
 from floyd.pipelines.network import Networks, is_ours
 from floyd.pipelines.options import Action, Options, StageOptions, with_defaults
+from floyd.pipelines.timed import part_of, timed_network, timed_predict
 from floyd.pipelines.watching import Interrupts, Watcher
+from floyd.runtime.clock import in_part, part, passed_on
+from floyd.runtime.profile import Profile
 from floyd.store.layout import uncompiled
 from floyd.text.prompts import PromptPair
 
@@ -78,12 +81,15 @@ class Chain:
     predict_for: Callable[[PromptPair], Predict]  # the same network, told another text
 
     def run(self, on_step: OnStep | None = None) -> Tensor:
-        return denoise(self.x_BCHW, self.predict, self.sampler, self.steps, self.canvas, self.noise, on_step)
+        on_step = on_step and in_part("callbacks")(on_step)
+        with part("sampler", count=0):
+            return denoise(self.x_BCHW, self.predict, self.sampler, self.steps, self.canvas, self.noise, on_step)
 
     def moves(self) -> Iterator[Moved]:
         """The same, one step at a time, for whoever wants to watch or to stop."""
-        for moved in moves(self.x_BCHW, self.predict, self.sampler, self.steps, self.canvas, self.noise):
-            yield moved._replace(x_BCHW=self.canvas.blended(moved.x_BCHW)) if moved.step.is_last else moved
+        with part("sampler", count=0):
+            for moved in moves(self.x_BCHW, self.predict, self.sampler, self.steps, self.canvas, self.noise):
+                yield moved._replace(x_BCHW=self.canvas.blended(moved.x_BCHW)) if moved.step.is_last else moved
 
 
 class Painter(LoraPipeline):
@@ -109,7 +115,7 @@ class Painter(LoraPipeline):
     def task(self, **options: Unpack[StageOptions]) -> Task:
         """What a call with these arguments would paint; `watch` it, or stop it half-way."""
         arguments = with_defaults(self.__call__, options)
-        with steady(arguments["batch_invariant"] is True):
+        with part_of(self, "other"), steady(arguments["batch_invariant"] is True):
             return self._task(arguments)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -120,18 +126,18 @@ class Painter(LoraPipeline):
 
     def watch(self, task: Task) -> Generator[Moved]:
         """Paint, one step at a time; closing the iterator stops. The last `x_BCHW` is for `finished`."""
-        with self._interrupts.call() as end:
+        with part_of(self, "other"), self._interrupts.call() as end:
             states = states_of(task.options.generator)
             try:
-                yield from self._watched(task, end)
+                yield from passed_on(self._watched(task, end))
                 return
             except torch.OutOfMemoryError as error:
                 told = first_line(error)
             make_room(self, told)
             restore(task.options.generator, states)
-            yield from self._watched(task, end)  # from the first step on
+            yield from passed_on(self._watched(task, end))  # from the first step on
 
-    def _watched(self, task: Task, end: Event) -> Iterator[Moved]:
+    def _watched(self, task: Task, end: Event) -> Generator[Moved]:
         with self._placement.use(self.unet) as unet:
             for moved in self._chain(task, unet).moves():
                 yield moved
@@ -157,12 +163,14 @@ class Painter(LoraPipeline):
             with steady(batch_invariant):
                 return self._judge(one_by_one=batch_invariant).look(pixels_BCHW, safety, before=before)
 
-        return second_try(self, finish)
+        with part_of(self, "other"):
+            return second_try(self, finish)
 
     @torch.no_grad()
     def preview(self, clean_BCHW: Tensor, safety: Action = "black", *, before: Finished | None = None) -> list[Image]:
         """Pictures of the "clean" that a callback is handed. What is unsafe is treated as in the end, but not told."""
-        return self._judge().look(self.decode(clean_BCHW), safety, before=before, is_preview=True).pil()
+        with part_of(self, "other"):
+            return self._judge().look(self.decode(clean_BCHW), safety, before=before, is_preview=True).pil()
 
     def decode(self, x_BCHW: Tensor) -> Tensor:
         """From what is painted on to pixels."""
@@ -185,6 +193,10 @@ class Painter(LoraPipeline):
             engine = prepared(name, unet, **options)
             self._engine = (name, options, engine)
         return engine
+
+    def profile(self, *, floor: bool = True) -> Profile:
+        """Where the time goes: `with pipe.profile() as profile:`, calls, and after the block `print(profile)`."""
+        return Profile(floor=floor)
 
     def interrupt(self) -> None:
         """End every call under way on this pipeline, from any thread, after the step it is at.
@@ -242,14 +254,20 @@ class Painter(LoraPipeline):
         switches, timesteps = self.switches, [step.t for step in task.steps]
 
         @torch.no_grad()
+        @in_part("prepare")
         def predict_for(text: PromptPair) -> Predict:
             networks = Networks.of(unet, switches, timesteps, task.options.cross_attention_kwargs)
-            positive, negative = (None if part is None else Conditioning(part, *extra) for part in text)
+            positive, negative = (None if own is None else Conditioning(own, *extra) for own in text)
             assert positive is not None
             guidance = Guidance.classifier_free(positive, negative, task.options.guidance_scale)
-            if is_apart:
-                return predictor(guidance, networks.told)
-            return guidance.predictor(networks.told(guidance.joined, self.max_rows))
+
+            def told(conditioning: Conditioning, max_rows: int | None = None) -> Network:
+                return timed_network(networks.told(conditioning, max_rows), unet)
+
+            joined = guidance.joined
+            return timed_predict(
+                predictor(guidance, told) if is_apart else guidance.predictor(told(joined, self.max_rows))
+            )
 
         sampler = Apart.of(task.sampler, len(x_BCHW)) if is_apart else task.sampler
         sampler = repainting(sampler, task.canvas)

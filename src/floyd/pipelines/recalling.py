@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
+from floyd.pipelines.timed import timed_encoder
 from floyd.runtime.placement import Placement
 from floyd.store.embeddings import EmbeddingFolder
 from floyd.text.cache import Recall, TextCache
@@ -47,6 +48,7 @@ class Lent:
 
     def bring(self) -> Any:
         if not self._is_here:
-            self.encoder = self._stack.enter_context(self.placement.use(self.encoder))
+            device = self.placement.device_of(self.encoder)
+            self.encoder = timed_encoder(self._stack.enter_context(self.placement.use(self.encoder)), device)
             self._is_here = True
         return self.encoder

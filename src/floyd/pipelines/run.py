@@ -5,7 +5,7 @@ B images  C channels  H height  W width  L text tokens  E encoder width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,17 +13,20 @@ from hashlib import blake2b
 from threading import Event as Flag
 from typing import TYPE_CHECKING, Any
 
-from torch import Generator, Tensor
+import torch
+from torch import Tensor
 
 from floyd.adapters.calls import call_scale
 from floyd.pipelines.deepfloyd_if import IFPipeline
 from floyd.pipelines.events import CascadeResult, Done, Event, StageDone, StageStarted, StepDone
 from floyd.pipelines.finish import Finished
 from floyd.pipelines.memory import Managed
-from floyd.pipelines.options import lora_scale
+from floyd.pipelines.options import Action, lora_scale
 from floyd.pipelines.order import Order
 from floyd.pipelines.painter import Painter, Task
+from floyd.pipelines.timed import part_of
 from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
+from floyd.runtime.clock import part
 from floyd.runtime.sleeping import drop_fetched
 from floyd.text.tokens import remind
 
@@ -46,13 +49,15 @@ class Run:
     verdicts: list[Finished] = field(default_factory=list)
     is_whole: bool = True  # the last stage came to its last step
 
-    def events(self) -> Iterator[Event]:
+    def events(self) -> Generator[Event]:
         try:
             self._fetch_next(None)
-            text = self._encoded()
+            with part_of(self.stages["stage_1"], "other", stage="stage_1"):
+                text = self._encoded()
             for name in self.order.stages:
-                self._fetch_next(name)
-                yield from self._painted(name, text)
+                with part_of(self.stages[name], "other", stage=name):
+                    self._fetch_next(name)
+                    yield from self._painted(name, text)
                 if self.end.is_set():
                     break
         finally:
@@ -77,7 +82,7 @@ class Run:
                     index=i % num_steps,  # a second try begins again
                     num_steps=num_steps,
                     clean_BCHW=moved.clean_BCHW,
-                    preview=partial(stage.preview, moved.clean_BCHW, safety, before=before),
+                    preview=partial(_shown, name, stage, moved.clean_BCHW, safety, before),
                 )
                 if self.end.is_set():
                     break
@@ -108,7 +113,8 @@ class Run:
         assert isinstance(first, IFPipeline)
         if first.text_encoder is None:
             assert self.load_text_encoder is not None, "the cascade has checked this"
-            first.text_encoder = self.load_text_encoder()
+            with part("transfers", count=0):
+                first.text_encoder = self.load_text_encoder()
             remind(first.tokenizer, first.text_encoder)
         with call_scale(lora_scale(order.stages["stage_1"].get("cross_attention_kwargs"))):
             text = first.encode_prompt(
@@ -132,7 +138,7 @@ class Run:
                 batch_invariant=self.order.batch_invariant,
             )
         count = len(self.order.seeds)
-        positive_BLE, negative_BLE = (None if part is None else part.repeat(count, 1, 1) for part in text)
+        positive_BLE, negative_BLE = (None if own is None else own.repeat(count, 1, 1) for own in text)
         return {"prompt_embeds": positive_BLE, "negative_prompt_embeds": negative_BLE}
 
     # ---------------------------------------------------------------------------------------------------------- memory
@@ -144,7 +150,7 @@ class Run:
         names = list(self.order.stages)
         place = -1 if current is None else names.index(current)
         for name in names[place + 1 : place + 2]:
-            parts = [(f"{name}.{part}", network) for part, network in self.stages[name].components.items()]
+            parts = [(f"{name}.{component}", network) for component, network in self.stages[name].components.items()]
             coming = [row for row in parts if row[0].endswith(("unet", "vae")) or (place >= 0 and "encoder" in row[0])]
             self.memory.fetch(coming, during="stage_1.text_encoder" if current is None else f"{current}.unet")
 
@@ -155,9 +161,14 @@ class Run:
                 drop_fetched(component)
 
 
-def _generators(seeds: tuple[int, ...], stage: str) -> list[Generator]:
+def _shown(name: str, stage: Painter, clean_BCHW: Tensor, safety: Action, before: Finished | None) -> list[Image]:
+    with part_of(stage, "other", stage=name):
+        return stage.preview(clean_BCHW, safety, before=before)
+
+
+def _generators(seeds: tuple[int, ...], stage: str) -> list[torch.Generator]:
     """One for each image, from its own seed and the stage alone; on the CPU: a seed means the same everywhere."""
-    return [Generator().manual_seed(stage_seed(seed, stage)) for seed in seeds]
+    return [torch.Generator().manual_seed(stage_seed(seed, stage)) for seed in seeds]
 
 
 def stage_seed(seed: int, stage: str) -> int:

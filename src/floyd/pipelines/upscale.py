@@ -36,6 +36,7 @@ from floyd.pipelines.options import (
 from floyd.pipelines.output import StableDiffusionPipelineOutput
 from floyd.pipelines.painter import LowRes, Painter, Task
 from floyd.pipelines.pictures import pictures
+from floyd.pipelines.timed import decoding, part_of
 from floyd.runtime.sleeping import wake
 from floyd.text.prompts import PromptPair, clip_tokens, encode_clip_prompt
 
@@ -113,7 +114,8 @@ class StableDiffusionUpscalePipeline(Painter):
         scale = 1.0 if lora_scale is None else finite("lora_scale", lora_scale)
         if scale != 1 and not heeds_calls(self.text_encoder):
             log.warning("lora_scale is the strength of LoRA, and none acts on the text encoder: no effect.")
-        with self._lent_encoder(batch_invariant) as lent, steady(batch_invariant), call_scale(scale):
+        reading = part_of(self, "text")
+        with reading, self._lent_encoder(batch_invariant) as lent, steady(batch_invariant), call_scale(scale):
             pair = encode_clip_prompt(
                 prompt,
                 tokenizer=self.tokenizer,
@@ -164,7 +166,11 @@ class StableDiffusionUpscalePipeline(Painter):
         instead of noise. `output_type`: "pil", "np", "pt" (both in [0, 1]) or "latent" (not decoded). `clip_skip`:
         leave out so many of CLIP's last layers. The others are described at the head of `floyd.pipelines.deepfloyd_if`.
         """
-        task, x_BZhw = self._run(locals())
+        with part_of(self, "other"):
+            return self._call(locals())
+
+    def _call(self, arguments: Mapping[str, Any]) -> StableDiffusionPipelineOutput | tuple[Any, Any]:
+        task, x_BZhw = self._run(arguments)
         options = task.options
         if options.output_type == "latent" and self.safety_checker is None:
             output = StableDiffusionPipelineOutput(x_BZhw)
@@ -217,8 +223,9 @@ class StableDiffusionUpscalePipeline(Painter):
         if overflows:
             wake(self.vae)
         vae = deepcopy(self.vae).float() if overflows else self.vae  # the component itself never changes
-        with self._placement.use(vae) as ready:
+        with part_of(self, "vae", count=1), self._placement.use(vae) as ready:
             z_BZhw = (x_BZhw / SCALING_FACTOR).to(self._placement.device_of(ready), dtype_of(ready))
+            decoding(ready, z_BZhw)
             x_BCHW: Tensor = ready.decode(z_BZhw).sample
         return x_BCHW.float()
 

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from floyd.runtime.clock import part
 from floyd.runtime.sleeping import after_use, can_sleep, home_of, put_to_sleep, wake
 
 M = TypeVar("M")
@@ -170,7 +171,7 @@ class _Errand:
         self.kept: list[_Kept] = []
 
     def bring(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        with self.lock:
+        with part("transfers", count=0), self.lock:
             self.num_users += 1
             if self.num_users == 1:
                 self.kept = _Kept.all_of(layer)
@@ -179,7 +180,7 @@ class _Errand:
                     one.begin()
 
     def take(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        with self.lock:
+        with part("transfers", count=0), self.lock:
             self.num_users -= 1
             if self.num_users == 0:
                 for one in self.kept:
@@ -209,7 +210,7 @@ def shared(
     if not isinstance(module, nn.Module):
         yield
         return
-    with _MOVING:
+    with part("transfers", count=0), _MOVING:
         stay = _STAYS.get(module)
         if stay is None:
             wake(module)
@@ -225,7 +226,7 @@ def shared(
     try:
         yield
     finally:
-        with _MOVING:
+        with part("transfers", count=0), _MOVING:
             stay.num_users -= 1
             if stay.num_users == 0:
                 del _STAYS[module]
@@ -283,9 +284,9 @@ def send(module: nn.Module, *, device: torch.device | str | None = None, dtype: 
     if not kept:
         module.to(device=device, dtype=dtype)
         return
-    for name, part in module.named_modules():
+    for name, layer in module.named_modules():
         own = torch.float32 if kept.intersection(name.split(".")) else dtype
-        part._apply(partial(_sent, device=device, dtype=own), recurse=False)
+        layer._apply(partial(_sent, device=device, dtype=own), recurse=False)
 
 
 def _sent(x: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,6 +136,32 @@ def test_a_batch_paints_the_same_pictures_at_once(generate: Callable[..., Result
         assert np.abs(one - two).mean() < 0.1
         assert read_info(tmp_path / f"two-{i}.png")["seed"] == str(i)
     assert not np.array_equal(pixels(tmp_path / "one-0.png"), pixels(tmp_path / "one-1.png"))
+
+
+def test_a_profile_is_told_beside_the_picture(generate: Callable[..., Result], tmp_path: Path) -> None:
+    generate("--seed", "4", output="alone.png")
+    for quiet in ((), ("--quiet",)):
+        result = generate("--seed", "4", "--profile", *quiet)
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout == ("" if quiet else f"{tmp_path / 'picture.png'}\n")
+        assert np.array_equal(pixels(tmp_path / "picture.png"), pixels(tmp_path / "alone.png"))
+        rows = [line.split()[0] for line in result.stderr.splitlines() if line and line[0] in "soaf"]
+        assert rows == ["stage_1", "stage_2", "stage_3", "outside", "all", "floor:"]
+        assert re.search(r"^stage_1 +3 steps ", result.stderr, re.MULTILINE)
+        assert re.search(r"^  VAE +1 ", result.stderr, re.MULTILINE)
+
+
+def test_without_a_picture_there_is_no_profile(
+    generate: Callable[..., Result], cascade: Cascade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise MemoryError("none left")
+        yield
+
+    monkeypatch.setattr(cascade, "run", fail)
+    result = generate("--profile")
+    assert result.exit_code != 0
+    assert "outside" not in result.stderr
 
 
 def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

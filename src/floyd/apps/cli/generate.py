@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,6 +78,12 @@ Batch = Annotated[
         "and without --count.",
     ),
 ]
+Profiled = Annotated[
+    bool,
+    typer.Option(
+        "--profile", help="Say on stderr where the time went: by stage and part, and the share that arithmetic needs."
+    ),
+]
 StagesDir = Annotated[
     Path | None,
     typer.Option(help="Keep the pictures of the stages before the last here, as picture-64.png.", show_default=False),
@@ -101,6 +109,7 @@ def generate(
     vram: Vram = None,
     ram: Ram = None,
     threads: Threads = None,
+    profile: Profiled = False,
     quiet: Quiet = False,
 ) -> None:
     """Draw a picture of what a text says.
@@ -148,9 +157,9 @@ def generate(
         "dtype": str(cascade.stages["stage_1"].dtype).removeprefix("torch."),
         "device": cascade.stages["stage_1"].device.type,
     }
-    done = 0
+    done, watch = 0, cascade.profile() if profile else None
     try:
-        with progress(quiet=quiet) as bars:
+        with progress(quiet=quiet) as bars, watch or nullcontext():
             for call in calls:
                 result, num_steps = painted(call, bars, _nth(done, batch, count))
                 histories = histories_of(cascade, options, num_steps, sizes)
@@ -162,6 +171,8 @@ def generate(
     if not quiet:
         for index in range(count):
             print(files.path(index))
+    if watch is not None:
+        print(watch, file=sys.stderr)
 
 
 def check_text(name: str, text: str) -> None:
