@@ -1,55 +1,127 @@
-"""Steps x sampler on the built-in stage I: how many prompts come out right, and how far the pictures are from scenes.
+"""How many evaluations of the network a picture needs: the built-in stage I, painted in many ways, and judged.
 
-    python benchmarks/bench_presets.py [--prompts 72] [--only DPMSolverMultistep:10 DDPM:100] [--guidance 1 1.5 3]
+    OMP_NUM_THREADS=1 python benchmarks/bench_presets.py [--groups samplers deciding] [--student FOLDER]
+    python benchmarks/bench_presets.py --only EulerAncestralDiscrete:20 --guidance 1 2 --intervals 0-600 200-1000
 
 right      the judge sees everything that the prompt says, and no other thing
 distance   Frechet distance of the pictures to the prompts' own scenes, both shrunk to 8 x 8 pixels in [0, 1]; `floor`
-           is that of other scenes of as many fresh prompts
-NFE        network evaluations; each is of two branches where guidance is on
+           is that of other scenes of as many fresh prompts. Distances of different numbers of prompts do not compare
+rows       of the network, for one picture: a step is one row, a guided one is two. Heun's steps are counted twice
+difference to DDPM with 100 steps, on the same prompts from the same noise, with the standard error of the mean
+           difference: the rows that decide the presets are painted of more prompts
 
-The first guidance is that of all samplers; the others are tried with the sampler of the last row alone.
-Every sampler paints the same prompts from the same noise. Heun evaluates twice per step, but for the last.
+Every way paints the same prompts from the same noise, with the engine "winograd", whose pictures are checked first.
+What results/presets.json holds of the same weights is not painted again: the script may be stopped at any time.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import write
+from common import RESULTS, write
 
 import floyd
-from floyd.apps.evaluate import Asked, CascadePainter, evaluate, prompts, report
+from floyd.apps.evaluate import Answer, Asked, CascadePainter, evaluate, prompts, report
 from floyd.apps.settings import Settings
+from floyd.models.unet import UNet2DConditionModel
 from floyd.pipelines.cascade import Cascade
 from floyd.scenes.render import render
+from floyd.store.fingerprint import fingerprint
 
-GRID = (
-    *(("DPMSolverMultistep", steps) for steps in (5, 8, 10, 15, 20)),
-    *(("UniPCMultistep", steps) for steps in (8, 10, 15)),
-    *(("DDIM", steps) for steps in (10, 20)),
-    *(("EulerDiscrete", steps) for steps in (15,)),
-    *(("HeunDiscrete", steps) for steps in (8,)),
-    *(("EulerAncestralDiscrete", steps) for steps in (8, 10, 15, 20)),
-    *(("DDPM", steps) for steps in (10, 27, 50, 100, "smart27")),
-)
-
-
-def scheduled(cascade: Cascade, name: str) -> Cascade:
-    """Stage I alone, with another sampler."""
-    stage = cascade.stages["stage_1"]
-    kind = getattr(floyd, f"{name}Scheduler")
-    parts = {**stage.components, "scheduler": kind.from_config(stage.scheduler.config)}
-    return Cascade(type(stage)(**parts, requires_safety_checker=False), presets=cascade.presets)
+NAME = "presets"
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDPM": ("DDPM", {}),
+    "DDIM": ("DDIM", {}),
+    "DPM-Solver++ 2M": ("DPMSolverMultistep", {}),
+    "DPM-Solver++ 2M SDE": ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++"}),
+    "UniPC": ("UniPCMultistep", {}),
+    "Euler": ("EulerDiscrete", {}),
+    "Euler ancestral": ("EulerAncestralDiscrete", {}),
+    "Heun": ("HeunDiscrete", {}),
+}
 
 
-def shrunk(pictures: Sequence[np.ndarray]) -> np.ndarray:
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """To paint a picture."""
+
+    sampler: str
+    steps: int | str
+    guidance: float
+    spacing: str | None = None  # None is the sampler's own
+    interval: tuple[int, int] | None = None
+    network: str = "built-in"
+
+    def painter(self, cascade: Cascade, students: dict[str, UNet2DConditionModel]) -> CascadePainter:
+        """Of stage I alone."""
+        kind, config = SAMPLERS[self.sampler]
+        if self.spacing is not None:
+            config = {**config, "timestep_spacing": self.spacing}
+        stage: Any = cascade.stages["stage_1"]
+        scheduler = getattr(floyd, f"{kind}Scheduler").from_config(stage.scheduler.config, **config)
+        own = stage.from_pipe(stage, scheduler=scheduler, **{"unet": students[self.network]} if self.is_student else {})
+        interval = () if self.interval is None else (self.interval,)
+        settings = Settings(steps=(self.steps,), guidance=(self.guidance,), guidance_interval=interval)
+        return CascadePainter(Cascade(own, presets={"stage_1": {}}), settings)
+
+    @property
+    def is_student(self) -> bool:
+        return self.network != "built-in"
+
+    def __str__(self) -> str:
+        interval = "" if self.interval is None else "{}-{}".format(*self.interval)
+        parts = (f"{self.sampler:19}", f"{self.steps!s:>8}", f"{self.spacing or '':8}", f"{self.guidance:4g}")
+        return " ".join((*parts, f"{interval:>9}", f"{self.network:9}"))
+
+
+def groups(guidance: float) -> dict[str, list[Way]]:
+    """What is tried, by the question that it answers."""
+
+    def ways(sampler: str, *steps: int | str, **more: Any) -> list[Way]:
+        return [Way(**{"sampler": sampler, "steps": n, "guidance": guidance, **more}) for n in steps]
+
+    few = [way for sampler in SAMPLERS if sampler != "Heun" for way in ways(sampler, 10, 15, 20)] + ways("Heun", 6, 8)
+    best = dict.fromkeys(("Euler ancestral", "DPM-Solver++ 2M SDE", "DPM-Solver++ 2M"), SPACINGS[::2])
+    others = {**best, "DDPM": SPACINGS[1:]}  # than the samplers' own
+    spaced = [way for name, own in others.items() for spacing in own for way in ways(name, 20, spacing=spacing)]
+    tables = ways("DDPM", "fast27", "smart27", "smart50", 50) + ways("Euler ancestral", "smart27", 27, 40)
+    scales = [way for scale in (1.0, 1.25, 2.0, 3.0) for way in ways("Euler ancestral", 20, guidance=scale)]
+    parts = [
+        way
+        for scale in (guidance, 2.0, 3.0)
+        for interval in INTERVALS
+        for way in ways("Euler ancestral", 20, guidance=scale, interval=interval)
+    ]
+    return {"samplers": few, "tables": tables, "guidance": scales, "intervals": parts, "spacing": spaced}
+
+
+SPACINGS = ("leading", "linspace", "trailing")
+INTERVALS = ((0, 500), (500, 1000), (250, 750), (250, 1000), (0, 750))
+
+
+def deciding(guidance: float) -> list[Way]:
+    """Those that the presets are chosen from, the first of which is what the others are held against."""
+
+    def way(sampler: str, steps: int | str, **more: Any) -> Way:
+        return Way(**{"sampler": sampler, "steps": steps, "guidance": guidance, **more})
+
+    return [way("DDPM", 100), way("Euler ancestral", 20), way("Euler ancestral", 10), way("DDPM", "smart27")]
+
+
+# ------------------------------------------------------------------------------------------------------------ measures
+
+
+def shrunk(pictures: Iterable[np.ndarray]) -> np.ndarray:
     """[B, 192] in [0, 1]."""
-    pixels_BHWC = torch.from_numpy(np.stack(pictures)).float() / 255
+    pixels_BHWC = torch.from_numpy(np.stack(list(pictures))).float() / 255
     small_BChw = torch.nn.functional.adaptive_avg_pool2d(pixels_BHWC.permute(0, 3, 1, 2), 8)
     return small_BChw.flatten(1).double().numpy()
 
@@ -63,58 +135,157 @@ def frechet(one_BE: np.ndarray, other_BE: np.ndarray) -> float:
     return float(gap @ gap + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * np.sqrt(values).sum())
 
 
-def evaluations(name: str, steps: int | str, cascade: Cascade) -> int:
-    stage: Any = cascade.stages["stage_1"]
-    told = {"timesteps": steps} if isinstance(steps, str) else {"num_inference_steps": steps}
-    return len(stage.task(prompt="a circle", **told).steps)
+def scenes_of(asked: Sequence[Asked]) -> np.ndarray:
+    return shrunk(render(one.scene, 64) for one in asked)
 
 
-def measured(cascade: Cascade, name: str, steps: int | str, asked: list[Asked], guidance: float) -> dict[str, Any]:
-    own = scheduled(cascade, name)
-    painter = CascadePainter(own, Settings(steps=(steps,), guidance=(guidance,)))
-    begin = time.monotonic()
-    answers = evaluate(painter, asked, batch=24)
-    seconds = time.monotonic() - begin
+def paired(own: str, other: str) -> dict[str, float]:
+    """The mean difference of two rows of answers to the same prompts, and its standard error."""
+    difference = np.array([int(a) - int(b) for a, b in zip(own, other, strict=True)])
+    return {"mean": float(difference.mean()), "error": float(difference.std(ddof=1) / len(difference) ** 0.5)}
+
+
+def spent(painter: CascadePainter) -> tuple[int, int]:
+    """Calls of the network for a picture, and its rows in them."""
+    stage: Any = painter._cascade.stages["stage_1"]
+    task = stage.task(prompt="a circle", **painter._options["stage_1"])
+    within = task.options.guided_times
+    guided = [task.options.is_guided and (within is None or step.t in within) for step in task.steps]
+    return len(guided), len(guided) + sum(guided)
+
+
+def measured(way: Way, painter: CascadePainter, asked: Sequence[Asked], scenes_BE: np.ndarray) -> dict[str, Any]:
+    answers: list[Answer] = evaluate(painter, asked, batch=16)
     result = report(answers)
-    scenes = shrunk([render(one.scene, 64) for one in asked])
+    evaluations, rows = spent(painter)
     return {
-        "sampler": name,
-        "steps": steps,
-        "guidance": guidance,
-        "evaluations": evaluations(name, steps, own),
+        **asdict(way),
+        "prompts": len(asked),
+        "evaluations": evaluations,
+        "rows": rows,
         "right": result.total.everything.share,
         "splits": {split: score.everything.share for split, score in result.splits.items()},
         "claims": {kind: share.share for kind, share in result.total.claims.items()},
-        "distance": frechet(shrunk([answer.picture for answer in answers]), scenes),
-        "seconds_per_picture": seconds / len(asked),
+        "distance": frechet(shrunk(answer.picture for answer in answers), scenes_BE),
+        "answers": "".join(str(int(answer.is_right)) for answer in answers),
     }
 
 
+def difference_of_the_engine(cascade: Cascade, way: Way) -> dict[str, float]:
+    """Between pictures painted with the engine and without, of pixels in [-1, 1]: many steps amplify what is rounded."""
+    plain: Any = Cascade.built_in()
+    stages = [plain.stages["stage_1"], cascade.stages["stage_1"]]
+    asked, pictures = prompts(4), []
+    for stage in stages:
+        painter = way.painter(Cascade(stage), {})
+        pictures.append(torch.stack([drawn.handed for drawn in painter.draw(asked)]))
+    difference_BCHW = (pictures[0] - pictures[1]).abs()
+    return {"mean": float(difference_BCHW.mean()), "max": float(difference_BCHW.max())}
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+class Results:
+    """What is known of these weights; written after every row."""
+
+    def __init__(self, model_hash: str) -> None:
+        self.figures: dict[str, Any] = {"model_hash": model_hash, "floors": {}, "rows": []}
+        path = RESULTS / f"{NAME}.json"
+        known = json.loads(path.read_text())["figures"] if path.is_file() else {}
+        if known.get("model_hash") == model_hash:
+            self.figures = known
+
+    def find(self, way: Way, num_prompts: int) -> dict[str, Any] | None:
+        told = json.loads(json.dumps({**asdict(way), "prompts": num_prompts}))
+        return next((row for row in self.figures["rows"] if {**row, **told} == row), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.figures["rows"].append(json.loads(json.dumps(row)))
+        self.write()
+
+    def write(self) -> None:
+        write(NAME, self.figures)
+
+
+def shown(way: Way, row: dict[str, Any]) -> str:
+    text = f"{way} {row['prompts']:5} {row['evaluations']:5} {row['rows']:5} {row['right']:7.1%} {row['distance']:9.3f}"
+    if (against := row.get("difference")) is not None:
+        text += f"   {100 * against['mean']:+5.1f} +- {100 * against['error']:.1f} points"
+    return text
+
+
+def run(ways: Sequence[Way], num_prompts: int, cascade: Cascade, students: dict[str, Any], results: Results) -> None:
+    """The first of them is the one that the others are held against, if it is DDPM with 100 steps."""
+    asked = prompts(num_prompts)
+    scenes_BE = scenes_of(asked)
+    results.figures["floors"][str(num_prompts)] = frechet(scenes_of(prompts(num_prompts, seed=1)), scenes_BE)
+    first = replace(ways[0], sampler="DDPM", steps=100, spacing=None, interval=None, network="built-in")
+    for way in ways:
+        row = results.find(way, num_prompts)
+        if row is None:
+            row = measured(way, way.painter(cascade, students), asked, scenes_BE)
+            results.add(row)
+        reference = results.find(first, num_prompts)
+        if reference is not None and row is not reference:
+            row["difference"] = paired(row["answers"], reference["answers"])
+        print(shown(way, row), flush=True)
+    results.write()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=72)
-    parser.add_argument("--guidance", type=float, nargs="*", default=None)
-    parser.add_argument("--only", nargs="*", metavar="SAMPLER:STEPS")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", nargs="*", help="Of the table at the head of this file's code; all if absent.")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--deciding", type=int, default=320, help="Prompts of the rows that decide.")
+    parser.add_argument("--student", type=Path, help="The unet folder of a network with its guidance distilled.")
+    parser.add_argument("--only", nargs="*", metavar="SAMPLER:STEPS", help="These, instead of the groups.")
+    parser.add_argument("--guidance", type=float, nargs="*", default=[None])
+    parser.add_argument("--intervals", nargs="*", default=[None], metavar="LOW-HIGH")
+    parser.add_argument("--spacings", nargs="*", default=[None], choices=SPACINGS)
     options = parser.parse_args()
+
     cascade = Cascade.built_in()
-    asked = prompts(options.prompts)
-    guidance, *others = options.guidance or [cascade.presets["stage_1"]["guidance_scale"], 1.0, 3.0]
-    grid = GRID if options.only is None else [_parsed(text) for text in options.only]
-    floor = frechet(*(shrunk([render(one.scene, 64) for one in prompts(options.prompts, seed=s)]) for s in (0, 1)))
-    rows = []
-    print(f"{'sampler':24} {'steps':>8} {'guided':>6} {'NFE':>4} {'right':>7} {'distance':>9}   floor {floor:.3f}")
-    tries = [(name, steps, guidance) for name, steps in grid] + [(*grid[-1], other) for other in others]
-    for name, steps, scale in tries:
-        row = measured(cascade, name, steps, asked, scale)
-        rows.append(row)
-        counts = f"{steps!s:>8} {scale:6g} {row['evaluations']:4}"
-        print(f"{name:24} {counts} {row['right']:7.1%} {row['distance']:9.3f}", flush=True)
-        write("presets", {"prompts": options.prompts, "guidance": guidance, "floor": floor, "rows": rows})
+    guidance = cascade.presets["stage_1"]["guidance_scale"]
+    cascade.stages["stage_1"].use_engine("winograd")
+    results = Results(fingerprint(Path(str(files("floyd") / "mini" / "stage_1"))))
+    results.figures["guidance"] = guidance
+    results.figures["engine_difference"] = difference_of_the_engine(cascade, deciding(guidance)[1])
+    print("the engine changes pixels by {mean:.1e}, {max:.1e} at most".format(**results.figures["engine_difference"]))
+    students = {}
+    if options.student is not None:
+        students["student " + fingerprint(options.student)[:8]] = UNet2DConditionModel.from_pretrained(options.student)
+
+    if options.only is not None:
+        ways = [
+            Way(sampler=name, steps=steps, guidance=scale or guidance, spacing=spacing, interval=interval)
+            for name, steps in map(_parsed, options.only)
+            for scale in options.guidance
+            for interval in map(_interval, options.intervals)
+            for spacing in options.spacings
+        ]
+        run(ways, options.prompts, cascade, {}, results)
+        return
+    tried = groups(guidance)
+    wanted = options.groups or [*tried, "deciding"]
+    for name in wanted:
+        if name != "deciding":
+            run(tried[name], options.prompts, cascade, {}, results)
+    if "deciding" in wanted:
+        ways = deciding(guidance)
+        ways += [replace(way, guidance=1.0, network=name) for name in students for way in ways[1:]]
+        run(ways, options.deciding, cascade, students, results)
 
 
 def _parsed(text: str) -> tuple[str, int | str]:
     name, steps = text.split(":")
+    if name not in SAMPLERS:
+        raise SystemExit(f"The samplers are {', '.join(SAMPLERS)}; got {name!r}.")
     return name, int(steps) if steps.isdigit() else steps
+
+
+def _interval(text: str | None) -> tuple[int, int] | None:
+    return None if text is None else Settings.parsed(guidance_interval=text).guidance_interval[0]
 
 
 if __name__ == "__main__":

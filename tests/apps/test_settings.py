@@ -23,6 +23,17 @@ def test_several_values_are_for_a_stage_each_and_a_name_is_a_table() -> None:
     assert options["stage_3"] == {"num_inference_steps": 12, "guidance_scale": 1.0}
 
 
+def test_an_interval_is_two_timesteps() -> None:
+    options = Settings.parsed(guidance_interval="200-800, 0-1000").options(STAGES[:2])
+    assert options == {"stage_1": {"guidance_interval": (200, 800)}, "stage_2": {"guidance_interval": (0, 1000)}}
+
+
+@pytest.mark.parametrize("text", ["", "200", "200-", "-1-5", "200-800-900", "a-b", "0.2-0.8"])
+def test_what_is_no_interval_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="guidance_interval must be two timesteps as in 200-800"):
+        Settings.parsed(guidance_interval=text)
+
+
 def test_values_for_stages_that_do_not_run_are_left_over() -> None:
     assert Settings.parsed(steps="50,20,12").options(STAGES[:1]) == {"stage_1": {"num_inference_steps": 50}}
 

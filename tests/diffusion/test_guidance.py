@@ -49,6 +49,47 @@ def test_all_branches_share_one_forward_pass_the_base_first():
     assert calls == [((6, 3, 4, 4), [0, 0, 1, 1, 5, 5])]
 
 
+def counted(guidance, timesteps):
+    """`over`, with a network that counts the rows it is given; and what was made ready for which timesteps."""
+    rows, asked = [], []
+
+    def spy(x, t, conditioning):
+        rows.append((t, len(x)))
+        return network(x, t, conditioning)
+
+    def predict_for(part, own):
+        asked.append((part.num_branches, list(own)))
+        return part.predictor(spy)
+
+    return guidance.over(timesteps, predict_for), rows, asked
+
+
+def test_outside_of_its_times_guidance_is_none_and_one_branch_runs():
+    guided, alone = (Guidance.classifier_free(TEXT, EMPTY, scale).predictor(network) for scale in (7.0, 1.0))
+    predict, rows, asked = counted(Guidance.classifier_free(TEXT, EMPTY, 7.0, range(3, 6)), [9, 6, 5, 3, 2])
+    for t, wanted in ((9, alone), (6, alone), (5, guided), (3, guided), (2, alone)):
+        for part, expected in zip(predict(X, t), wanted(X, t), strict=True):
+            assert torch.equal(part, expected)
+    assert rows == [(9, 2), (6, 2), (5, 4), (3, 4), (2, 2)]
+    assert asked == [(2, [5, 3]), (1, [9, 6, 2])]
+
+
+def test_outside_of_its_times_the_variance_is_still_the_conditional_branchs():
+    mixed = Guidance(EMPTY, ((TEXT, 3.0), (STYLE, 1.0)), range(3, 6))
+    predict, *_ = counted(mixed, [9, 5])
+    assert all((predict(X, t).variance_BCHW == 1).all() for t in (9, 5))
+
+
+@pytest.mark.parametrize(("times", "scale"), [(range(1000), 7.0), (None, 7.0), (range(3, 6), 1.0)])
+def test_a_part_that_has_no_steps_is_not_made_ready(times, scale):
+    _, _, asked = counted(Guidance.classifier_free(TEXT, EMPTY, scale, times), [9, 5])
+    assert asked == [(2 if scale > 1 else 1, [9, 5])]
+
+
+def test_the_guidance_of_each_image_alone_has_the_same_times():
+    assert [g.times for g in Guidance(EMPTY, ((TEXT, 3.0),), range(3, 6)).apart()] == [range(3, 6)] * 2
+
+
 def test_guidance_without_a_negative_prompt_is_refused():
     with pytest.raises(ValueError, match="negative prompt"):
         Guidance.classifier_free(TEXT, None, 7.0)

@@ -1,4 +1,4 @@
-"""How many steps and how much guidance: one value for all stages of a cascade, or one for each."""
+"""How many steps, how much guidance and when: one value for all stages of a cascade, or one for each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, Self, TypeVar
 
 MOST_STAGES = 3
 
-V = TypeVar("V", int | str, float)
+Interval = tuple[int, int]
+V = TypeVar("V", int | str, float, Interval)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +18,19 @@ class Settings:
 
     steps: tuple[int | str, ...] = ()  # a number, or the name of a table such as "fast27"
     guidance: tuple[float, ...] = ()
+    guidance_interval: tuple[Interval, ...] = ()
 
     @classmethod
-    def parsed(cls, *, steps: str | None = None, guidance: str | None = None) -> Self:
-        """From "50" or "50,20,12"."""
+    def parsed(
+        cls, *, steps: str | None = None, guidance: str | None = None, guidance_interval: str | None = None
+    ) -> Self:
+        """From "50" or "50,20,12"; intervals from "200-800" or "200-800,0-1000,0-1000"."""
         return cls(
-            steps=_parsed("steps", steps, _step, "a number, or a table's name such as fast27"),
-            guidance=_parsed("guidance", guidance, float, "a number"),
+            steps=_parsed("steps", steps, _step, "a number, or a table's name such as fast27", "50,20,12"),
+            guidance=_parsed("guidance", guidance, float, "a number", "7,4,1.5"),
+            guidance_interval=_parsed(
+                "guidance_interval", guidance_interval, _interval, "two timesteps as in 200-800", "200-800,0-600,0-1000"
+            ),
         )
 
     def options(self, stages: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -33,6 +40,8 @@ class Settings:
             options[stage]["num_inference_steps" if isinstance(steps, int) else "timesteps"] = steps
         for stage, guidance in _spread("guidance", self.guidance, stages).items():
             options[stage]["guidance_scale"] = guidance
+        for stage, interval in _spread("guidance_interval", self.guidance_interval, stages).items():
+            options[stage]["guidance_interval"] = interval
         return options
 
 
@@ -46,14 +55,24 @@ def _step(text: str) -> int | str:
     return text if text[:1].isalpha() else int(text)
 
 
-def _parsed(name: str, text: str | None, read: Callable[[str], V], kind: str) -> tuple[V, ...]:
+def _interval(text: str) -> Interval:
+    low, high = (int(part) for part in text.split("-"))
+    return low, high
+
+
+def said(interval: Interval) -> str:
+    """As `Settings.parsed` reads it."""
+    return f"{interval[0]}-{interval[1]}"
+
+
+def _parsed(name: str, text: str | None, read: Callable[[str], V], kind: str, several: str) -> tuple[V, ...]:
     if text is None:
         return ()
     parts = [part.strip() for part in text.split(",")]
     try:
         values = tuple(read(part) for part in parts)
     except ValueError as error:
-        raise ValueError(f"{name} must be {kind}, or one for each stage as in 50,20,12; got {text!r}.") from error
+        raise ValueError(f"{name} must be {kind}, or one for each stage as in {several}; got {text!r}.") from error
     if len(values) > MOST_STAGES:
         raise ValueError(f"{name} takes at most {MOST_STAGES} values, one for each stage; got {text!r}.")
     return values

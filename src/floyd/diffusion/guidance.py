@@ -5,8 +5,8 @@ B images   K all branches' images   C channels   H height   W width
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -27,19 +27,25 @@ class Guidance:
     No guidance is no pull. Classifier-free guidance (arXiv:2207.12598, eq. 6) is one pull of weight `scale` away from
     the empty prompt. The original's style mixing is two: scale * (1 - mix) and scale * mix. A learned variance is
     taken from the first pull (from the base if there is none): it is not a direction to exaggerate.
+
+    `times` are the timesteps of training at which it pulls, all if None: a guidance interval (arXiv:2404.07724). At
+    others the first pull's conditioning speaks alone, and is the only branch that is run.
     """
 
     base: Conditioning
     pulls: tuple[tuple[Conditioning, float], ...] = ()
+    times: range | None = None
 
     @classmethod
-    def classifier_free(cls, text: Conditioning, empty: Conditioning | None, scale: float) -> Self:
+    def classifier_free(
+        cls, text: Conditioning, empty: Conditioning | None, scale: float, times: range | None = None
+    ) -> Self:
         """Away from `empty`, towards `text`; a scale of at most 1 asks for no guidance and runs a single branch."""
         if scale <= 1:
             return cls(text)
         if empty is None:
             raise ValueError(f"A guidance scale of {scale} needs the negative prompt's conditioning; got None.")
-        return cls(empty, ((text, scale),))
+        return cls(empty, ((text, scale),), times)
 
     @property
     def num_branches(self) -> int:
@@ -59,8 +65,26 @@ class Guidance:
         weights = [weight for _, weight in self.pulls]
         branches = [told.apart() for told in self.branches]
         return [
-            type(self)(base, tuple(zip(pulls, weights, strict=True))) for base, *pulls in zip(*branches, strict=True)
+            type(self)(base, tuple(zip(pulls, weights, strict=True)), self.times)
+            for base, *pulls in zip(*branches, strict=True)
         ]
+
+    def over(self, timesteps: Sequence[int], predict_for: Callable[[Self, Sequence[int]], Predict]) -> Predict:
+        """A predictor for a way of these timesteps, made of one for those within `times` and one for the others.
+
+        `predict_for` is asked for either, unless it has no steps: a guidance for all times, and its timesteps.
+        """
+        if self.times is None or not self.pulls:
+            return predict_for(self, timesteps)
+        times, (text, _) = self.times, self.pulls[0]
+        parts = {True: replace(self, times=None), False: type(self)(text)}
+        own = {is_within: [t for t in timesteps if (t in times) == is_within] for is_within in parts}
+        ways = {is_within: predict_for(part, own[is_within]) for is_within, part in parts.items() if own[is_within]}
+
+        def predict(x_BCHW: Tensor, t: int) -> Prediction:
+            return ways[t in times](x_BCHW, t)
+
+        return predict
 
     def predictor(self, network: Network) -> Predict:
         """The network and all it is told, as a function of the noisy picture and the time alone."""

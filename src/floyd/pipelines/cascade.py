@@ -164,6 +164,7 @@ class Cascade:
         count: int = 1,
         steps: int | str | PerStage | None = None,
         guidance: float | PerStage | None = None,
+        guidance_interval: Sequence[int] | PerStage | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
         clean_caption: bool = True,
         free_text_encoder: bool = False,
@@ -179,11 +180,13 @@ class Cascade:
 
         Image i has the seed `seed + i`, on which alone its noise depends. `steps` is a number or a respacing string for
         all stages, or a sequence with an entry for each; None leaves the checkpoint's or the stage's own. `guidance`
-        likewise. `options` are further arguments by stage: `{"stage_2": {"noise_level": 100}}`. `free_text_encoder`
-        drops T5 once the prompt is encoded, and loads it again when it is needed. `safety` is what is done with
-        pictures that a stage's safety checker finds unsafe: "black", "blur", "flag" (tell alone) or "raise".
-        `batch_invariant`: every bit of an image depends on its prompt and seed alone, not on `count` or the number of
-        threads; the images are then painted one after the other, on one CPU thread.
+        likewise, and `guidance_interval`: (low, high) for all, or for each such a pair or None, the timesteps of
+        training at which there is guidance; a step at another is half the work. `options` are further arguments by
+        stage: `{"stage_2": {"noise_level": 100}}`. `free_text_encoder` drops T5 once the prompt is encoded, and loads
+        it again when it is needed. `safety` is what is done with pictures that a stage's safety checker finds unsafe:
+        "black", "blur", "flag" (tell alone) or "raise". `batch_invariant`: every bit of an image depends on its prompt
+        and seed alone, not on `count` or the number of threads; the images are then painted one after the other, on
+        one CPU thread.
         """
         for event in self.run(
             prompt,
@@ -193,6 +196,7 @@ class Cascade:
             count=count,
             steps=steps,
             guidance=guidance,
+            guidance_interval=guidance_interval,
             options=options,
             clean_caption=clean_caption,
             free_text_encoder=free_text_encoder,
@@ -213,6 +217,7 @@ class Cascade:
         count: int = 1,
         steps: int | str | PerStage | None = None,
         guidance: float | PerStage | None = None,
+        guidance_interval: Sequence[int] | PerStage | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
         clean_caption: bool = True,
         free_text_encoder: bool = False,
@@ -227,7 +232,13 @@ class Cascade:
             clean_caption=clean_caption,
             seeds=seeds_of(seed, count),
             stages=arguments_of(
-                self.stages, self.presets, list(sizes), steps=steps, guidance=guidance, options=options
+                self.stages,
+                self.presets,
+                list(sizes),
+                steps=steps,
+                guidance=guidance,
+                guidance_interval=guidance_interval,
+                options=options,
             ),
             sizes=sizes,
             free_text_encoder=free_text_encoder,

@@ -36,6 +36,9 @@ and, by name alone, what the incumbent does not take:
                                              rest of the batch or the number of threads: all networks see one image and
                                              one branch of the guidance at a time, on one CPU thread (calls at the same
                                              time keep theirs); a batch takes as long as its images one by one
+    guidance_interval                        (low, high): guide only at timesteps of training from low on and below
+                                             high, of 1000, the largest the noisiest; at others a step is half the work.
+                                             Without guidance there is nothing that it could restrict
     feather                                  over so many pixels, at the size of the stage, what is repainted fades in
                                              from the edge of what is kept; inpainting alone
     resamples                                1: what is kept stays clean at every noise level; more: it is noised like
@@ -129,6 +132,7 @@ class IFPipeline(IFStage):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         safety: Action = "black",
         batch_invariant: bool = False,
+        guidance_interval: tuple[int, int] | None = None,
     ) -> Result:
         """Paint. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
         return self._call(locals())
@@ -166,6 +170,7 @@ class IFImg2ImgPipeline(IFStage):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         safety: Action = "black",
         batch_invariant: bool = False,
+        guidance_interval: tuple[int, int] | None = None,
     ) -> Result:
         """Repaint. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
         return self._call(locals())
@@ -205,6 +210,7 @@ class IFInpaintingPipeline(IFStage):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         safety: Action = "black",
         batch_invariant: bool = False,
+        guidance_interval: tuple[int, int] | None = None,
         feather: int = 0,
         resamples: int = 1,
     ) -> Result:
@@ -249,6 +255,7 @@ class IFSuperResolutionPipeline(IFSuperResolutionStage):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         safety: Action = "black",
         batch_invariant: bool = False,
+        guidance_interval: tuple[int, int] | None = None,
     ) -> Result:
         """Enlarge. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
         return self._call(locals())
@@ -290,6 +297,7 @@ class IFImg2ImgSuperResolutionPipeline(IFSuperResolutionStage):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         safety: Action = "black",
         batch_invariant: bool = False,
+        guidance_interval: tuple[int, int] | None = None,
     ) -> Result:
         """Enlarge a variation. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
         return self._call(locals())
@@ -332,6 +340,7 @@ class IFInpaintingSuperResolutionPipeline(IFSuperResolutionStage):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         safety: Action = "black",
         batch_invariant: bool = False,
+        guidance_interval: tuple[int, int] | None = None,
         feather: int = 0,
         resamples: int = 1,
     ) -> Result:

@@ -39,6 +39,10 @@ class Networks:
     ) -> Networks:
         return cls(unet, switches, tuple(timesteps), attention).renewed()
 
+    def at(self, timesteps: Sequence[int]) -> Networks:
+        """For other steps, over the same copies of the weights."""
+        return replace(self, timesteps=tuple(timesteps))
+
     @property
     def scale(self) -> float:
         """How many times as strongly LoRA acts; another's network weighs its own."""

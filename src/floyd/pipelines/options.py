@@ -48,6 +48,7 @@ class CallOptions(TypedDict, total=False):
     callback_on_step_end_tensor_inputs: Sequence[str]
     safety: Action
     batch_invariant: bool
+    guidance_interval: Sequence[int] | None
 
 
 class StageOptions(CallOptions, total=False):
@@ -90,6 +91,7 @@ class Options:
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     safety: Action = "black"
     batch_invariant: bool = False
+    guidance_interval: Sequence[int] | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -104,6 +106,7 @@ class Options:
         if self.timesteps is None:
             positive("num_inference_steps", self.num_inference_steps)
         finite("guidance_scale", self.guidance_scale)
+        check_interval(self.guidance_interval)
         if not 0 <= finite("eta", self.eta) <= 1:
             raise ValueError(f"eta must be in [0, 1], got {self.eta}.")
         truth("return_dict", self.return_dict)
@@ -118,6 +121,11 @@ class Options:
     @property
     def is_guided(self) -> bool:
         return self.guidance_scale > 1
+
+    @property
+    def guided_times(self) -> range | None:
+        """The timesteps of training at which there is guidance; None is all."""
+        return None if self.guidance_interval is None else range(*self.guidance_interval)
 
     @property
     def lora_scale(self) -> float:
@@ -220,6 +228,21 @@ def check_noise_level(level: Any, limit: int, name: str = "noise_level") -> int:
     if isinstance(level, bool) or not isinstance(level, Integral) or not 0 <= int(level) < limit:
         raise ValueError(f"{name} must be an int in [0, {limit}), got {level!r}.")
     return int(level)
+
+
+def check_interval(value: Any, limit: int | None = None) -> None:
+    """The timesteps of training from the first number on and below the second; what `limit` is, a scheduler knows."""
+    if value is None:
+        return
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    if is_pair and all(isinstance(t, Integral) and not isinstance(t, bool) for t in value):
+        low, high = value
+        if 0 <= low < high and (limit is None or high <= limit):
+            return
+    raise ValueError(
+        "guidance_interval must be None or two whole timesteps of training, (low, high) with 0 <= low < high"
+        f"{'' if limit is None else f' <= {limit}'}; got {value!r}."
+    )
 
 
 def check_size(name: str, value: Any, largest: int = MAX_SIDE) -> int:

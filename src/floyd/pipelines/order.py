@@ -58,9 +58,10 @@ def arguments_of(
     presets: Mapping[str, Mapping[str, Any]],
     names: Sequence[str],
     *,
-    steps: Any,
-    guidance: Any,
-    options: Mapping[str, Mapping[str, Any]] | None,
+    steps: Any = None,
+    guidance: Any = None,
+    guidance_interval: Any = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """What each of the named stages is told, checked."""
     options = {} if options is None else options
@@ -70,10 +71,15 @@ def arguments_of(
         raise ValueError(f"options are by stage, {', '.join(stages)}; got {', '.join(map(str, unknown))}.")
     steps_of = _by_stage("steps", steps, names, len(stages))
     guidance_of = _by_stage("guidance", guidance, names, len(stages))
+    is_one = isinstance(guidance_interval, list | tuple) and any(isinstance(t, Integral) for t in guidance_interval)
+    interval_of = _by_stage("guidance_interval", guidance_interval, names, len(stages), is_one=is_one)
     arguments = {}
     for name in names:
-        told = _steps(steps_of[name]) | _present(guidance_scale=guidance_of[name]) | dict(options.get(name, {}))
-        arguments[name] = checked(name, stages[name], _merged(presets.get(name, {}), told))
+        told = _steps(steps_of[name])
+        told |= _present(guidance_scale=guidance_of[name], guidance_interval=interval_of[name])
+        arguments[name] = checked(
+            name, stages[name], _merged(presets.get(name, {}), told | dict(options.get(name, {})))
+        )
     return arguments
 
 
@@ -107,9 +113,9 @@ def seeds_of(seed: Any, count: Any) -> tuple[int, ...]:
     return tuple(int(seed) + i for i in range(count))
 
 
-def _by_stage(name: str, value: Any, names: Sequence[str], num_stages: int) -> dict[str, Any]:
-    """One value for all stages, or one for each."""
-    if not isinstance(value, list | tuple):
+def _by_stage(name: str, value: Any, names: Sequence[str], num_stages: int, *, is_one: bool = False) -> dict[str, Any]:
+    """One value for all stages, or one for each; a list is one if that `is_one`."""
+    if is_one or not isinstance(value, list | tuple):
         return dict.fromkeys(names, value)
     if len(value) not in (len(names), num_stages):
         raise ValueError(

@@ -6,8 +6,9 @@ B images  C channels  H height  W width  L text tokens  D text width  K all bran
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from threading import Event
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
@@ -31,7 +32,7 @@ from floyd.pipelines.keeping import Kept
 from floyd.pipelines.lora import LoraPipeline
 from floyd.pipelines.memory import Managed, first_line, make_room, restore, second_try, states_of
 from floyd.pipelines.network import Networks, is_ours
-from floyd.pipelines.options import Action, Options, StageOptions, with_defaults
+from floyd.pipelines.options import Action, Options, StageOptions, check_interval, with_defaults
 from floyd.pipelines.timed import part_of, timed_network, timed_predict
 from floyd.pipelines.watching import Interrupts, Watcher
 from floyd.runtime.clock import in_part, part, passed_on
@@ -251,27 +252,32 @@ class Painter(LoraPipeline):
                 x_BCHW = _first(task, noise)
                 extra = _low_res(task, noise)
 
-        switches, timesteps = self.switches, [step.t for step in task.steps]
+        options, switches, timesteps = task.options, self.switches, [step.t for step in task.steps]
 
         @torch.no_grad()
         @in_part("prepare")
         def predict_for(text: PromptPair) -> Predict:
-            networks = Networks.of(unet, switches, timesteps, task.options.cross_attention_kwargs)
+            networks = Networks.of(unet, switches, attention=options.cross_attention_kwargs)
             positive, negative = (None if own is None else Conditioning(own, *extra) for own in text)
             assert positive is not None
-            guidance = Guidance.classifier_free(positive, negative, task.options.guidance_scale)
-
-            def told(conditioning: Conditioning, max_rows: int | None = None) -> Network:
-                return timed_network(networks.told(conditioning, max_rows), unet)
-
-            joined = guidance.joined
-            return timed_predict(
-                predictor(guidance, told) if is_apart else guidance.predictor(told(joined, self.max_rows))
-            )
+            guidance = Guidance.classifier_free(positive, negative, options.guidance_scale, options.guided_times)
+            return timed_predict(guidance.over(timesteps, partial(self._predictor, networks, is_apart=is_apart)))
 
         sampler = Apart.of(task.sampler, len(x_BCHW)) if is_apart else task.sampler
         sampler = repainting(sampler, task.canvas)
         return Chain(x_BCHW, predict_for(task.text), sampler, task.steps, task.canvas, noise, predict_for)
+
+    def _predictor(
+        self, networks: Networks, guidance: Guidance, timesteps: Sequence[int], *, is_apart: bool
+    ) -> Predict:
+        networks = networks.at(timesteps)
+
+        def told(conditioning: Conditioning, max_rows: int | None = None) -> Network:
+            return timed_network(networks.told(conditioning, max_rows), networks.unet)
+
+        if is_apart:
+            return predictor(guidance, told)
+        return guidance.predictor(told(guidance.joined, self.max_rows))
 
     def manage(self, memory: Managed) -> None:
         super().manage(memory)
@@ -363,6 +369,7 @@ class Painter(LoraPipeline):
 
     def steps_for(self, options: Options, strength: float = 1.0) -> tuple[Sampler, tuple[Step, ...]]:
         """A sampler for this call, and the moves it will make."""
+        check_interval(options.guidance_interval, self.scheduler.config.num_train_timesteps)
         if options.timesteps is not None:
             table, num_steps = self.scheduler.timesteps_for(timesteps=options.timesteps), None
         else:

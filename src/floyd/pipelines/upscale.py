@@ -158,6 +158,7 @@ class StableDiffusionUpscalePipeline(Painter):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         safety: Action = "black",
         batch_invariant: bool = False,
+        guidance_interval: tuple[int, int] | None = None,
     ) -> StableDiffusionPipelineOutput | tuple[Any, Any]:
         """Enlarge four times.
 

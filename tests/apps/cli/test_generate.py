@@ -96,6 +96,23 @@ def test_what_made_a_picture_makes_it_again(generate: Callable[..., Result], tmp
     assert names(tmp_path) == ["again.png", "picture.png", "stages/picture-48.png"]
 
 
+def test_a_guidance_interval_is_kept_in_the_file_and_makes_the_picture_again(
+    generate: Callable[..., Result], tmp_path: Path
+) -> None:
+    given = ("--seed", "9", "--size", "96", "--guidance", "3,1.5", "--steps", "4")
+    assert generate(*given, "--guidance-interval", "300-700,0-1000").exit_code == 0
+    info = read_info(tmp_path / "picture.png")
+    assert info["guidance_interval"] == "300-700,0-1000"
+    again = [f"--{key.replace('_', '-')}={info[key]}" for key in ("seed", "size", "steps", "guidance")]
+    again.append(f"--guidance-interval={info['guidance_interval']}")
+    assert generate(*again, prompt=info["prompt"], output="again.png").exit_code == 0
+    assert np.array_equal(pixels(tmp_path / "picture.png"), pixels(tmp_path / "again.png"))
+    generate(*given, output="other.png")
+    assert not np.array_equal(pixels(tmp_path / "picture.png"), pixels(tmp_path / "other.png"))
+    generate(*given, "--guidance-interval", "0-1000", output="whole.png")
+    assert read_info(tmp_path / "whole.png") == read_info(tmp_path / "other.png")
+
+
 def test_a_quality_is_kept_in_the_file_and_makes_the_picture_again(
     generate: Callable[..., Result], tmp_path: Path
 ) -> None:
@@ -220,6 +237,8 @@ def test_a_model_is_loaded_as_asked(folder: Path, tmp_path: Path, monkeypatch: p
         ("picture.png", ["--steps", "2,"], "steps must be"),
         ("picture.png", ["--steps", "2,2"], "or 3, for stage_1"),
         ("picture.png", ["--guidance", "nan"], "guidance_scale must be a finite number"),
+        ("picture.png", ["--guidance-interval", "700-300"], "0 <= low < high"),
+        ("picture.png", ["--guidance-interval", "300"], "two timesteps as in 200-800"),
         ("picture.png", ["--guidance", "strong"], "guidance must be a number"),
         ("picture.png", ["--quality", "best"], "quality must be one of draft, standard, quality, got 'best'"),
         ("picture.png", ["--seed", "-1"], "--seed"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from floyd.apps.cli.generate import Guide, QualityName, Steps
+from floyd.apps.cli.generate import Guide, GuideInterval, QualityName, Steps
 from floyd.apps.cli.models import Device, Dtype, Models, Quantization, Quiet, Threads, Variant, hash_of, load, name_of
 from floyd.apps.cli.progress import progress
 from floyd.apps.cli.refusals import refusing
@@ -62,6 +62,7 @@ def evaluate(
     quality: QualityName = None,
     steps: Steps = None,
     guidance: Guide = None,
+    guidance_interval: GuideInterval = None,
     batch: Batch = 32,
     model: Models = None,
     variant: Variant = None,
@@ -79,7 +80,7 @@ def evaluate(
     there and nothing else, and every kind of claim for itself.
     """
     with refusing():
-        settings = Settings.parsed(steps=steps, guidance=guidance)
+        settings = Settings.parsed(steps=steps, guidance=guidance, guidance_interval=guidance_interval)
         wanted = parsed_sizes(sizes)
         check_paths(json_file, pictures)
         places: dict[str, Any] = {"variant": variant, "dtype": dtype, "device": device, "threads": threads}
@@ -101,6 +102,7 @@ def evaluate(
         origin = {
             "model": name_of(model), "model_hash": hash_of(model), "variant": variant, "prompts": num_prompts,
             "seed": seed, "rendered": rendered, "quality": quality, "steps": steps, "guidance": guidance,
+            "guidance_interval": guidance_interval,
             "quantization": quantization,
         }  # fmt: skip
         json_file.write_text(json.dumps({**origin, **result.to_json()}, indent=2) + "\n")

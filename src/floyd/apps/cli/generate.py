@@ -17,7 +17,7 @@ import typer
 from floyd.apps.cli.models import Device, Dtype, Models, Quiet, Ram, Threads, Variant, Vram, hash_of, load, name_of
 from floyd.apps.cli.progress import Bars, progress
 from floyd.apps.cli.refusals import refusing
-from floyd.apps.settings import Settings, merged
+from floyd.apps.settings import Settings, merged, said
 
 if TYPE_CHECKING:
     from floyd.pipelines.cascade import Cascade, CascadeResult
@@ -48,6 +48,16 @@ Guide = Annotated[
         metavar="X[,X,X]",
         help="How closely to follow the prompt, likewise; 1 is no guidance.",
         show_default="the checkpoint's own",
+    ),
+]
+GuideInterval = Annotated[
+    str | None,
+    typer.Option(
+        "--guidance-interval",
+        metavar="LOW-HIGH[,...]",
+        help="Guide only from timestep LOW on and below HIGH of training's 1000, the largest the noisiest, in all "
+        "stages or in each its own; at others a step is half the work.",
+        show_default="at all",
     ),
 ]
 QualityName = Annotated[
@@ -97,6 +107,7 @@ def generate(
     quality: QualityName = None,
     steps: Steps = None,
     guidance: Guide = None,
+    guidance_interval: GuideInterval = None,
     negative_prompt: Negative = None,
     size: Size = None,
     count: Count = 1,
@@ -120,7 +131,7 @@ def generate(
         check_text("prompt", prompt)
         check_text("negative prompt", negative_prompt or "")
         files = Files.checked(output, count, stages_dir)
-        settings = Settings.parsed(steps=steps, guidance=guidance)
+        settings = Settings.parsed(steps=steps, guidance=guidance, guidance_interval=guidance_interval)
         wanted = parsed_size(size)
         cascade = load(
             model,
@@ -222,17 +233,22 @@ def histories_of(
     sizes: Mapping[str, str],
 ) -> dict[str, dict[str, str]]:
     """For each stage that ran, what makes its picture again: all values up to it, as the options take them."""
-    steps, guidance, histories = [], [], {}
+    steps, guidance, intervals, histories = [], [], [], {}
+    is_restricted = False
     for name, count in num_steps.items():
         told = merged(cascade.presets.get(name, {}), options[name])
         default = inspect.signature(type(cascade.stages[name]).__call__).parameters["guidance_scale"].default
         table = told.get("timesteps")
         steps.append(table if isinstance(table, str) else str(count))
         guidance.append(f"{told.get('guidance_scale', default):g}")
+        whole = (0, cascade.stages[name].scheduler.config.num_train_timesteps)
+        intervals.append(told.get("guidance_interval") or whole)
+        is_restricted = is_restricted or tuple(intervals[-1]) != whole
         histories[name] = {
             "size": sizes[name],
             "steps": ",".join(steps),
             "guidance": ",".join(guidance),
+            **({"guidance_interval": ",".join(map(said, intervals))} if is_restricted else {}),
         }
     return histories
 
