@@ -172,7 +172,7 @@ def measured(way: Way, painter: CascadePainter, asked: Sequence[Asked], scenes_B
 
 
 def difference_of_the_engine(cascade: Cascade, way: Way) -> dict[str, float]:
-    """Between pictures painted with the engine and without, of pixels in [-1, 1]: many steps amplify what is rounded."""
+    """Of pixels in [-1, 1], between pictures painted with the engine and without: many steps amplify rounding."""
     plain: Any = Cascade.built_in()
     stages = [plain.stages["stage_1"], cascade.stages["stage_1"]]
     asked, pictures = prompts(4), []
