@@ -88,23 +88,22 @@ def groups(guidance: float) -> dict[str, list[Way]]:
     def ways(sampler: str, *steps: int | str, **more: Any) -> list[Way]:
         return [Way(**{"sampler": sampler, "steps": n, "guidance": guidance, **more}) for n in steps]
 
-    few = [way for sampler in SAMPLERS if sampler != "Heun" for way in ways(sampler, 10, 15, 20)] + ways("Heun", 6, 8)
-    best = dict.fromkeys(("Euler ancestral", "DPM-Solver++ 2M SDE", "DPM-Solver++ 2M"), SPACINGS[::2])
-    others = {**best, "DDPM": SPACINGS[1:]}  # than the samplers' own
+    few = [way for sampler in SAMPLERS if sampler != "Heun" for way in ways(sampler, 10, 20)] + ways("Heun", 6, 11)
+    others = {"Euler ancestral": SPACINGS[::2], "UniPC": SPACINGS[::2], "DDPM": SPACINGS[1:]}  # than their own
     spaced = [way for name, own in others.items() for spacing in own for way in ways(name, 20, spacing=spacing)]
-    tables = ways("DDPM", "fast27", "smart27", "smart50", 50) + ways("Euler ancestral", "smart27", 27, 40)
+    tables = ways("DDPM", "fast27", "smart27", "smart50") + ways("Euler ancestral", "smart27", 40)
     scales = [way for scale in (1.0, 1.25, 2.0, 3.0) for way in ways("Euler ancestral", 20, guidance=scale)]
     parts = [
         way
-        for scale in (guidance, 2.0, 3.0)
+        for scale in (guidance, 3.0)
         for interval in INTERVALS
         for way in ways("Euler ancestral", 20, guidance=scale, interval=interval)
     ]
-    return {"samplers": few, "tables": tables, "guidance": scales, "intervals": parts, "spacing": spaced}
+    return {"guidance": scales, "intervals": parts, "samplers": few, "spacing": spaced, "tables": tables}
 
 
 SPACINGS = ("leading", "linspace", "trailing")
-INTERVALS = ((0, 500), (500, 1000), (250, 750), (250, 1000), (0, 750))
+INTERVALS = ((0, 500), (500, 1000), (250, 750))
 
 
 def deciding(guidance: float) -> list[Way]:
@@ -113,7 +112,7 @@ def deciding(guidance: float) -> list[Way]:
     def way(sampler: str, steps: int | str, **more: Any) -> Way:
         return Way(**{"sampler": sampler, "steps": steps, "guidance": guidance, **more})
 
-    return [way("DDPM", 100), way("Euler ancestral", 20), way("Euler ancestral", 10), way("DDPM", "smart27")]
+    return [way("DDPM", 100), way("Euler ancestral", 20), way("DDPM", "smart27"), way("Euler ancestral", 10)]
 
 
 # ------------------------------------------------------------------------------------------------------------ measures
@@ -154,13 +153,13 @@ def spent(painter: CascadePainter) -> tuple[int, int]:
     return len(guided), len(guided) + sum(guided)
 
 
-def measured(way: Way, painter: CascadePainter, asked: Sequence[Asked], scenes_BE: np.ndarray) -> dict[str, Any]:
-    answers: list[Answer] = evaluate(painter, asked, batch=16)
+def measured(way: Way, painter: CascadePainter, answers: Sequence[Answer]) -> dict[str, Any]:
     result = report(answers)
     evaluations, rows = spent(painter)
+    scenes_BE = scenes_of([answer.asked for answer in answers])
     return {
         **asdict(way),
-        "prompts": len(asked),
+        "prompts": len(answers),
         "evaluations": evaluations,
         "rows": rows,
         "right": result.total.everything.share,
@@ -204,6 +203,14 @@ class Results:
         self.figures["rows"].append(json.loads(json.dumps(row)))
         self.write()
 
+    def compare(self, row: dict[str, Any]) -> None:
+        """With DDPM in 100 steps and the checkpoint's guidance, if that is known of as many prompts."""
+        first = Way(sampler="DDPM", steps=100, guidance=self.figures["guidance"])
+        reference = self.find(first, row["prompts"])
+        if reference is not None and row is not reference:
+            row["difference"] = paired(row["answers"], reference["answers"])
+            self.write()
+
     def write(self) -> None:
         write(NAME, self.figures)
 
@@ -215,29 +222,34 @@ def shown(way: Way, row: dict[str, Any]) -> str:
     return text
 
 
-def run(ways: Sequence[Way], num_prompts: int, cascade: Cascade, students: dict[str, Any], results: Results) -> None:
-    """The first of them is the one that the others are held against, if it is DDPM with 100 steps."""
-    asked = prompts(num_prompts)
-    scenes_BE = scenes_of(asked)
-    results.figures["floors"][str(num_prompts)] = frechet(scenes_of(prompts(num_prompts, seed=1)), scenes_BE)
-    first = replace(ways[0], sampler="DDPM", steps=100, spacing=None, interval=None, network="built-in")
+def run(
+    ways: Sequence[Way], counts: Sequence[int], cascade: Cascade, students: dict[str, Any], results: Results
+) -> None:
+    """Each way with the largest number of prompts, of which smaller numbers are a part."""
+    asked = prompts(max(counts))
+    parts = {count: {(one.split, one.seed) for one in prompts(count)} for count in counts}
+    for count in counts:
+        floor = frechet(scenes_of(prompts(count, seed=1)), scenes_of(prompts(count)))
+        results.figures["floors"][str(count)] = floor
     for way in ways:
-        row = results.find(way, num_prompts)
-        if row is None:
-            row = measured(way, way.painter(cascade, students), asked, scenes_BE)
-            results.add(row)
-        reference = results.find(first, num_prompts)
-        if reference is not None and row is not reference:
-            row["difference"] = paired(row["answers"], reference["answers"])
+        if results.find(way, max(counts)) is None:
+            painter = way.painter(cascade, students)
+            answers = evaluate(painter, asked, batch=16)
+            for count, part in parts.items():
+                own = [answer for answer in answers if (answer.asked.split, answer.asked.seed) in part]
+                if results.find(way, count) is None:
+                    results.add(measured(way, painter, own))
+        row = results.find(way, max(counts))
+        assert row is not None, "it was just added"
+        results.compare(row)
         print(shown(way, row), flush=True)
-    results.write()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", nargs="*", help="Of the table at the head of this file's code; all if absent.")
+    parser.add_argument("--groups", nargs="*", choices=("deciding", *groups(1)), help="Only these.")
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--deciding", type=int, default=320, help="Prompts of the rows that decide.")
+    parser.add_argument("--deciding", type=int, default=240, help="Prompts of the rows that decide.")
     parser.add_argument("--student", type=Path, help="The unet folder of a network with its guidance distilled.")
     parser.add_argument("--only", nargs="*", metavar="SAMPLER:STEPS", help="These, instead of the groups.")
     parser.add_argument("--guidance", type=float, nargs="*", default=[None])
@@ -264,17 +276,16 @@ def main() -> None:
             for interval in map(_interval, options.intervals)
             for spacing in options.spacings
         ]
-        run(ways, options.prompts, cascade, {}, results)
+        run(ways, [options.prompts], cascade, {}, results)
         return
     tried = groups(guidance)
-    wanted = options.groups or [*tried, "deciding"]
-    for name in wanted:
-        if name != "deciding":
-            run(tried[name], options.prompts, cascade, {}, results)
-    if "deciding" in wanted:
-        ways = deciding(guidance)
-        ways += [replace(way, guidance=1.0, network=name) for name in students for way in ways[1:]]
-        run(ways, options.deciding, cascade, students, results)
+    for name in options.groups or ["deciding", *tried]:
+        if name == "deciding":
+            ways = deciding(guidance)
+            ways += [replace(way, guidance=1.0, network=name) for name in students for way in ways[1:]]
+            run(ways, [options.deciding, options.prompts], cascade, students, results)
+        else:
+            run(tried[name], [options.prompts], cascade, {}, results)
 
 
 def _parsed(text: str) -> tuple[str, int | str]:

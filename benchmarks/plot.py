@@ -1,6 +1,6 @@
 """A small chart as SVG, which is text: lines of points on axes, a name at the end of each line.
 
-python benchmarks/plot.py      docs/images/presets.svg from results/presets.json
+python benchmarks/plot.py      docs/images/presets.svg and guidance.svg from results/presets.json
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from common import RESULTS
 
 Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT, MARGIN, LEGEND = 640, 360, 46, 170
-COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#7f7f7f")
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#7f7f7f", "#8c564b")
 
 
 def chart(lines: Mapping[str, Points], *, x: str, y: str, title: str) -> str:
@@ -57,16 +58,44 @@ def _text(x: float, y: float, text: str, *, anchor: str = "start", color: str = 
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{color}" font-size="{size}">{text}</text>'
 
 
+def samplers(figures: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Rows of the network and what came out right, of every sampler in so many evenly spaced steps of its own."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in _of_equal_prompts(figures):
+        is_plain = row["spacing"] is None and row["interval"] is None and row["guidance"] == figures["guidance"]
+        if is_plain and isinstance(row["steps"], int) and row["network"] == "built-in":
+            lines.setdefault(row["sampler"], []).append((row["rows"], row["right"]))
+    return lines
+
+
+def guidances(figures: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """The scale of the guidance and what came out right, by the interval in which there is guidance."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in _of_equal_prompts(figures):
+        told = (row["sampler"], row["steps"], row["spacing"], row["network"])
+        if told == ("Euler ancestral", 20, None, "built-in"):
+            name = "at all timesteps" if row["interval"] is None else "from {} to {}".format(*row["interval"])
+            lines.setdefault(name, []).append((row["guidance"], row["right"]))
+    return lines
+
+
+def _of_equal_prompts(figures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    num_prompts = min(row["prompts"] for row in figures["rows"])
+    return [row for row in figures["rows"] if row["prompts"] == num_prompts]
+
+
 def main() -> None:
     figures = json.loads((RESULTS / "presets.json").read_text())["figures"]
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in figures["rows"]:
-        if row["guidance"] == figures["guidance"] and isinstance(row["steps"], int):
-            lines.setdefault(row["sampler"], []).append((row["evaluations"], row["right"]))
-    path = Path(__file__).parent.parent / "docs" / "images" / "presets.svg"
-    title = f"Built-in stage I, {figures['prompts']} prompts, guidance {figures['guidance']:g}"
-    path.write_text(chart(lines, x="network evaluations", y="everything right", title=title))
-    print(path)
+    num_prompts = min(row["prompts"] for row in figures["rows"])
+    of = f"Built-in stage I, {num_prompts} prompts"
+    charts = {
+        "presets": (samplers(figures), "rows of the network", f"{of}, guidance {figures['guidance']:g}"),
+        "guidance": (guidances(figures), "guidance", f"{of}, Euler ancestral in 20 steps"),
+    }
+    for name, (lines, x, title) in charts.items():
+        path = Path(__file__).parent.parent / "docs" / "images" / f"{name}.svg"
+        path.write_text(chart(lines, x=x, y="everything right", title=title))
+        print(path)
 
 
 if __name__ == "__main__":

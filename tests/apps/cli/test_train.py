@@ -108,7 +108,7 @@ def test_parts_that_are_missing_are_named_and_nothing_is_put_together(tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts", "text,stage_4"], "parts must be of text, stage_1, stage_2, vae, stage_3, got 'stage_4'"),
+        (["--parts", "text,stage_4"], "parts must be of text, stage_1, stage_2, vae, stage_3, student, got 'stage_4'"),
         (["--parts", "stage_1"], "stage_1 builds on text"),
         (["--parts", "stage_1,text"], "stage_1 builds on text"),
         (["--parts", "text", "--assemble"], "--assemble needs all parts"),

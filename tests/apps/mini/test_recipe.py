@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests import tiny
 
-from floyd.apps.mini import recipe, stage_one, stage_three, stage_two, text
+from floyd.apps.mini import recipe, stage_one, stage_three, stage_two, student, text
 from floyd.apps.mini.checkpoint import SAMPLING, assemble
 from floyd.apps.mini.data import scenes_at, things_of
 from floyd.apps.mini.recipe import PARTS, Recipe
@@ -96,6 +97,41 @@ def test_a_run_can_start_from_a_checkpoint(trained: Any, tmp_path: Path, monkeyp
     assert all(torch.equal(one[key], other[key]) for key in one)
     with pytest.raises(ValueError, match=r"was begun with scale 1\.0, start .*checkpoint, got scale 1\.0: go on"):
         Recipe(tmp_path).check(("stage_1",))
+
+
+def test_a_student_of_stage_one_begins_as_its_teacher_and_is_kept_beside_it(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(student, "LOOP", loop(student.LOOP, 64))
+    run = Recipe(tmp_path, start=trained[0] / "checkpoint")
+    run.check(("student",))
+    given = UNet2DConditionModel.from_pretrained(tmp_path / "unet_1").state_dict()
+    assert all(torch.equal(given[key], value) for key, value in run._trainer("student").model.state_dict().items())
+    losses = [progress.losses for _, progress in run.train(("student",))]
+    assert [loss["variance"] for loss in losses[:1]] == [0.0]  # guidance leaves it as it is
+    assert all(loss["noise"] > 0 for loss in losses)
+    kept = UNet2DConditionModel.from_pretrained(tmp_path / "unet_1").state_dict()
+    assert all(torch.equal(given[key], value) for key, value in kept.items())
+    made = UNet2DConditionModel.from_pretrained(tmp_path / "unet_student").state_dict()
+    assert any(not torch.equal(given[key], made[key]) for key in given)
+    with pytest.raises(ValueError, match="student builds on stage_1"):
+        Recipe(tmp_path / "empty").check(("student",))
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_without_a_scale_or_without_a_text_there_is_nothing_to_imitate(is_told: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(stage_one, "UNET", {**stage_one.UNET, **THIN})
+    teacher = tiny.disturbed(stage_one.build_unet())
+    text_1LE = torch.randn(1, 77, 128)
+    loss_of = student.imitation_loss(
+        teacher,
+        lambda texts: torch.cat([text_1LE * (bool(text) if is_told else 1) for text in texts]),
+        scale=1.0 if is_told else 3.0,
+    )
+    phase = Phase(num_steps=1, batch_size=2, size=64, rate=1e-3, last_rate=1e-3)
+    losses = loss_of(teacher, phase, 0, torch.Generator().manual_seed(0))
+    assert float(losses["noise"]) == pytest.approx(0, abs=1e-8)
+    assert float(losses["variance"]) == pytest.approx(0, abs=1e-8)
 
 
 def test_the_latents_of_the_autoencoder_have_the_variance_that_stage_three_expects(trained: Any) -> None:

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 Out = Annotated[Path, typer.Option("--out", help="The folder of the run; made if it is absent.", show_default=False)]
 Parts = Annotated[
     str | None,
-    typer.Option(metavar="PART[,PART...]", help="Of text, stage_1, stage_2, vae, stage_3.", show_default="all"),
+    typer.Option(
+        metavar="PART[,PART...]",
+        help="Of text, stage_1, stage_2, vae, stage_3; and student.",
+        show_default="the first five",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, mps.")]
 Scale = Annotated[float, typer.Option(help="Shorten (or lengthen) the training by this factor, for a trial.")]
@@ -77,7 +81,8 @@ def train_mini(
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(str(stop) or "stopped; the same command goes on from the last snapshot.") from None
     missing = [part for part in PARTS if not recipe.is_finished(part)]
-    if assemble is False or missing:
+    is_wanted = any(part in PARTS for part in chosen) if assemble is None else assemble
+    if not is_wanted or missing:
         if not quiet and missing:
             say(f"not put together: {', '.join(missing)} is yet to be trained.")
         return

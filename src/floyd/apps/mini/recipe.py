@@ -3,6 +3,8 @@
 text ─► stage_1        stage I and II read the frozen text encoder
      └► stage_2
 vae ──► stage_3        stage III paints the latents of the autoencoder
+
+stage_1 ──► student    on demand: predicts in one branch what stage I predicts guided
 """
 
 from __future__ import annotations
@@ -15,17 +17,20 @@ from typing import Any
 
 from torch import nn
 
-from floyd.apps.mini import stage_one, stage_three, stage_two, text
+from floyd.apps.mini import stage_one, stage_three, stage_two, student, text
 from floyd.apps.mini.checkpoint import unpack
 from floyd.apps.mini.data import scenes_at
 from floyd.apps.mini.tokenizer import train_tokenizer
+from floyd.models.unet import UNet2DConditionModel
 from floyd.models.vae import AutoencoderKL
 from floyd.store.files import made, read_json, write_json
 from floyd.training.loop import LoopConfig, LossOf, Progress, Trainer
 
 PARTS = ("text", "stage_1", "stage_2", "vae", "stage_3")
-_NEEDS = {"stage_1": "text", "stage_2": "text", "stage_3": "vae"}
+MORE_PARTS = ("student",)  # which no checkpoint needs
+_NEEDS = {"stage_1": "text", "stage_2": "text", "stage_3": "vae", "student": "stage_1"}
 _MADE = {"text": "text_encoder", "stage_1": "unet_1", "stage_2": "unet_2", "vae": "vae", "stage_3": "clip_text_encoder"}
+_MADE |= {"student": "unet_student"}
 NUM_CAPTIONS = 20_000  # that the tokenizers are made from
 Steps = Generator[tuple[str, Progress], None, None]
 
@@ -69,8 +74,8 @@ class Recipe:
         if not self.scale > 0:
             raise ValueError(f"scale must be above 0, got {self.scale}.")
         for i, part in enumerate(parts):
-            if part not in PARTS:
-                raise ValueError(f"parts must be of {', '.join(PARTS)}, got {part!r}.")
+            if part not in PARTS + MORE_PARTS:
+                raise ValueError(f"parts must be of {', '.join(PARTS + MORE_PARTS)}, got {part!r}.")
             need = _NEEDS.get(part)
             is_given = self.start is not None or self.is_finished(need or "text")
             if need is not None and need not in parts[:i] and not is_given:
@@ -95,7 +100,7 @@ class Recipe:
 
     def _trainer(self, part: str) -> Trainer:
         model, loss_of, config = _BUILD[part](self)
-        if self.start is not None:
+        if self.start is not None and part in PARTS:
             self._load(_trained_modules(part, model))
         return Trainer(model.to(self.device), loss_of, self._shortened(config), self.folder / f"run_{part}")
 
@@ -154,6 +159,11 @@ def _build_stage_2(recipe: Recipe) -> tuple[nn.Module, LossOf, LoopConfig]:
     return stage_two.build_unet(), stage_two.enlarging_loss(recipe.embed()), stage_two.LOOP
 
 
+def _build_student(recipe: Recipe) -> tuple[nn.Module, LossOf, LoopConfig]:
+    one, teacher = (UNet2DConditionModel.from_pretrained(recipe.folder / "unet_1") for _ in range(2))
+    return one, student.imitation_loss(teacher.eval().to(recipe.device), recipe.embed()), student.LOOP
+
+
 def _build_vae(recipe: Recipe) -> tuple[nn.Module, LossOf, LoopConfig]:
     return stage_three.build_vae(), stage_three.holding_loss(), stage_three.VAE_LOOP
 
@@ -175,6 +185,10 @@ def _finish_vae(recipe: Recipe, model: Any) -> None:
 
 def _finish_stage_1(recipe: Recipe, model: Any) -> None:
     model.cpu().unet.save_pretrained(recipe.folder / "unet_1")
+
+
+def _finish_student(recipe: Recipe, model: Any) -> None:
+    model.cpu().save_pretrained(recipe.folder / "unet_student")
 
 
 def _finish_stage_2(recipe: Recipe, model: Any) -> None:
@@ -205,6 +219,7 @@ _BUILD: dict[str, Build] = {
     "stage_2": _build_stage_2,
     "vae": _build_vae,
     "stage_3": _build_stage_3,
+    "student": _build_student,
 }
 _FINISH: dict[str, Callable[[Recipe, Any], None]] = {
     "text": _finish_text,
@@ -212,4 +227,5 @@ _FINISH: dict[str, Callable[[Recipe, Any], None]] = {
     "stage_2": _finish_stage_2,
     "vae": _finish_vae,
     "stage_3": _finish_stage_3,
+    "student": _finish_student,
 }
