@@ -99,10 +99,10 @@ def test_what_made_a_picture_makes_it_again(generate: Callable[..., Result], tmp
 def test_a_guidance_interval_is_kept_in_the_file_and_makes_the_picture_again(
     generate: Callable[..., Result], tmp_path: Path
 ) -> None:
-    given = ("--seed", "9", "--size", "96", "--guidance", "3,1.5", "--steps", "4")
-    assert generate(*given, "--guidance-interval", "300-700,0-1000").exit_code == 0
+    given = ("--seed", "9", "--size", "48", "--guidance", "3", "--steps", "4")
+    assert generate(*given, "--guidance-interval", "300-700").exit_code == 0
     info = read_info(tmp_path / "picture.png")
-    assert info["guidance_interval"] == "300-700,0-1000"
+    assert info["guidance_interval"] == "300-700"
     again = [f"--{key.replace('_', '-')}={info[key]}" for key in ("seed", "size", "steps", "guidance")]
     again.append(f"--guidance-interval={info['guidance_interval']}")
     assert generate(*again, prompt=info["prompt"], output="again.png").exit_code == 0
