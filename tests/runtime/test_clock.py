@@ -10,6 +10,7 @@ from itertools import count
 from typing import Any
 
 import pytest
+import torch
 
 from floyd.runtime import clock as clocks
 from floyd.runtime.clock import Clock, Place, begun, ended, in_part, is_watched, part, passed_on, tick, work
@@ -213,3 +214,23 @@ def test_two_threads_watch_themselves() -> None:
     assert {stage: [place.stage for place in clock.rows] for stage, clock in found.items()} == {
         "one": ["one"], "two": ["two"],
     }  # fmt: skip
+
+
+def test_an_accelerator_is_waited_for_at_every_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the ones that work for a stage, and never the CPU."""
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    card = torch.device("cuda", 1)
+    clock = begun()
+    with part("text", stage="one"):
+        pass
+    assert waited == []
+    with part("other", stage="one", devices=[card, torch.device("cpu")]), part("unet"):
+        assert waited == [card] * 2
+    assert waited == [card] * 4
+    ended(clock)
+    assert waited == [card] * 5
+    with part("other", stage="one", devices=[card]):
+        pass
+    assert waited == [card] * 5

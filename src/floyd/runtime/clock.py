@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
 from threading import get_ident
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -57,6 +57,7 @@ class Clock:
         self.current: _Span | None = None
         self.devices: set[torch.device] = set() if parent is None else set(parent.devices)
         self.is_running = True
+        self.cpu_s = -process_time()  # until it is stopped
         self.last = self._now() if parent is None else parent.turn(parent.current)
         if parent is not None:
             parent.is_running = False
@@ -75,6 +76,7 @@ class Clock:
     def stop(self) -> None:
         now = self.turn(self.current)
         self.is_running = False
+        self.cpu_s += process_time()
         if self.parent is not None:
             self.parent.absorb(self, now)
 

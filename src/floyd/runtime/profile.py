@@ -57,6 +57,7 @@ class Profile:
     def __init__(self, *, floor: bool = True) -> None:
         self.floor = floor
         self.outside_s = 0.0  # the caller's own time in the block
+        self.cpu_s = 0.0  # of the processor, by all threads of this process, other calls' too
         self.rates: dict[Arithmetic, Rate] = {}
         self._rows: dict[Place, Row] = {}
         self._open: Clock | None = None
@@ -72,6 +73,7 @@ class Profile:
         assert clock is not None, "entered"
         ended(clock)
         self.outside_s += clock.outside_s
+        self.cpu_s += clock.cpu_s
         for place, row in clock.rows.items():
             self._rows.setdefault(place, Row()).add(row)
         if self.floor and kind is None:
@@ -108,6 +110,7 @@ class Profile:
         return {
             "seconds": self.seconds,
             "outside_s": self.outside_s,
+            "cpu_s": self.cpu_s,
             "stages": {name: vars(stage) for name, stage in self.stages.items()},
             "parts": parts,
             "rates": [rate.to_json() for rate in self.rates.values()],
@@ -157,9 +160,11 @@ class Profile:
         return (f"  {PARTS[row.part]}", count, f"{row.seconds:.3f}", _percent(self._share(row.seconds)), each, floor)
 
     def _footnote(self) -> list[str]:
+        worked = f"the processor worked {self.cpu_s:.3f} s of it for this process"
         if not self.rates:
-            return []
+            return [worked]
         return [
+            worked,
             "floor: how much of the time the arithmetic alone would take, at what was measured right after",
             *(f"  {rate}" for rate in self.rates.values()),
         ]
