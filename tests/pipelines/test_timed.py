@@ -197,6 +197,14 @@ def test_the_work_is_what_the_formulas_say(ours: dict[str, Any]) -> None:
     assert found["text"].count == 2  # the prompts, then the empty ones
 
 
+def test_a_step_without_guidance_is_less_work(ours: dict[str, Any]) -> None:
+    pipe = built("IFPipeline", ours)
+    with pipe.profile(floor=False) as profile:
+        pipe(**{**told("IFPipeline", 0), "timesteps": [900, 500, 0]}, guidance_interval=(0, 600))
+    row = rows(profile)["unet"]
+    assert (row.count, row.flops) == (3, (1 + 2 + 2) * unet_cost(pipe.unet.config, 32, 32, num_text=77).flops)
+
+
 def test_tiles_are_counted_with_what_they_share(ours: dict[str, Any]) -> None:
     pipe = built("StableDiffusionUpscalePipeline", ours)
     pipe.enable_vae_tiling(side=16)
