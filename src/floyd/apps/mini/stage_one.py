@@ -58,7 +58,7 @@ MOST_WEIGHT = 60.0
 FINISH_SNR = 100.0  # of whole pictures, up to which the noise itself is asked for: less leaves grain
 CLEAN_WEIGHT = 3.0  # of what the heads on the inner levels are told
 THING_WEIGHT = 8.0  # of a pixel of a thing, over one of the background, in the same
-NEAR_WEIGHT = 3.0  # of a pixel on or within NEAR of a thing, over all others, in the noise: outlines are few pixels
+NEAR_WEIGHT = 5.0  # of a pixel on or within NEAR of a thing, over all others, in the noise: outlines are few pixels
 NEAR = 3
 HEADS = (1, 2)  # on which levels going up
 LOOP = LoopConfig(
@@ -69,6 +69,7 @@ LOOP = LoopConfig(
         Phase(num_steps=700, batch_size=24, size=64, rate=4.8e-4, last_rate=1e-5),
         Phase(num_steps=330, batch_size=24, size=64, rate=6e-4, last_rate=1e-5),
         Phase(num_steps=3300, batch_size=24, size=64, rate=8e-4, last_rate=1e-5),
+        Phase(num_steps=2000, batch_size=24, size=64, rate=7e-4, last_rate=1e-5),
     ),
     optimizer="muon",
     weight_decay=0.01,
