@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from floyd.pipelines.base import DiffusionPipeline, pipeline_class
+from floyd.pipelines.base import DiffusionPipeline
 from floyd.pipelines.deepfloyd_if import (
     IFImg2ImgPipeline,
     IFImg2ImgSuperResolutionPipeline,
@@ -19,6 +19,7 @@ from floyd.pipelines.deepfloyd_if import (
     IFSuperResolutionPipeline,
 )
 from floyd.pipelines.if_stages import IFStage, IFSuperResolutionStage
+from floyd.pipelines.registry import pipeline_class
 
 __all__ = ["AutoPipelineForImage2Image", "AutoPipelineForInpainting", "AutoPipelineForText2Image"]
 

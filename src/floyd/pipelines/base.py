@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from importlib import import_module
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
@@ -14,25 +13,15 @@ from tqdm.auto import tqdm
 
 from floyd.pipelines.assembly import Assembly
 from floyd.pipelines.loading import Request, load
+from floyd.pipelines.memory import Managed, managed_one
 from floyd.pipelines.recalling import Where
 from floyd.pipelines.recalling import text_cache as _text_cache
+from floyd.pipelines.registry import define, pipeline_class
 from floyd.runtime.budget import Budget
 from floyd.runtime.placement import WhereTheyAre, best_device, reachable
 from floyd.store.components import save_component
 from floyd.store.config import Config
 from floyd.store.layout import write_index
-
-# Where the classes live that a checkpoint may name; classes of one's own are found once they are defined.
-_HOMES = {
-    "IFPipeline": "floyd.pipelines.deepfloyd_if",
-    "IFSuperResolutionPipeline": "floyd.pipelines.deepfloyd_if",
-    "IFImg2ImgPipeline": "floyd.pipelines.deepfloyd_if",
-    "IFImg2ImgSuperResolutionPipeline": "floyd.pipelines.deepfloyd_if",
-    "IFInpaintingPipeline": "floyd.pipelines.deepfloyd_if",
-    "IFInpaintingSuperResolutionPipeline": "floyd.pipelines.deepfloyd_if",
-    "StableDiffusionUpscalePipeline": "floyd.pipelines.upscale",
-}
-_DEFINED: dict[str, type[DiffusionPipeline]] = {}
 
 
 class DiffusionPipeline(Assembly):
@@ -51,7 +40,7 @@ class DiffusionPipeline(Assembly):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _DEFINED[cls.__name__] = cls
+        define(cls)
 
     def __init__(self) -> None:
         raise TypeError(f"{type(self).__name__} has no components of its own; use from_pretrained or a concrete class.")
@@ -123,8 +112,6 @@ class DiffusionPipeline(Assembly):
     @classmethod
     def _planned(cls, request: Request, memory: Any, device_map: Any) -> Request:
         """The request with a plan for its networks, whose files are here from then on."""
-        from floyd.pipelines.memory import Managed, managed_one
-
         if device_map is not None:
             raise ValueError("memory= chooses where each network lies, and so does device_map=: leave one out.")
         if not isinstance(memory, Managed):
@@ -208,18 +195,6 @@ class DiffusionPipeline(Assembly):
     def __repr__(self) -> str:
         rows = [f"  {name}: {type(component).__name__}," for name, component in self.components.items()]
         return "\n".join([f"{type(self).__name__}(", *rows, ")"])
-
-
-def pipeline_class(class_name: str) -> type[DiffusionPipeline]:
-    """The class that a checkpoint's index names."""
-    if class_name not in _DEFINED and class_name in _HOMES:
-        import_module(_HOMES[class_name])
-    if class_name not in _DEFINED:
-        raise ValueError(
-            f"The checkpoint describes a {class_name}, which floyd does not have; it has {', '.join(sorted(_HOMES))}. "
-            "Call from_pretrained on the class that you want."
-        )
-    return _DEFINED[class_name]
 
 
 def device_of_map(device_map: str | torch.device | None) -> torch.device | None:

@@ -19,6 +19,7 @@ from floyd.models.configs import UNetConfig
 from floyd.models.costs import TEXT_TOKENS, Cost, decoder_cost, encoder_cost, unet_cost
 from floyd.models.vae import AutoencoderKLConfig
 from floyd.pipelines.known import KNOWN_IDS, Described, DescribedPipeline, known
+from floyd.pipelines.registry import pipeline_class
 from floyd.pipelines.sizes import Sides, planned
 from floyd.runtime.machine import Machine
 from floyd.runtime.parts import Part, Precision, Way, Weight
@@ -223,7 +224,7 @@ class Sizing:
         weights = sum(
             t.num_bytes for stage in self.stages.values() for c in stage.components.values() for t in c.tensors
         )
-        return weights < 200_000_000
+        return weights < SMALL_BYTES
 
     def _factor(self, stage: str) -> int:
         return int(2 ** (len(self.stages[stage].components["vae"].config["block_out_channels"]) - 1))
@@ -245,8 +246,6 @@ class Sizing:
         return float(self.presets.get(stage, {}).get("guidance_scale", self._default(stage, "guidance_scale")))
 
     def _default(self, stage: str, name: str) -> Any:
-        from floyd.pipelines.base import pipeline_class
-
         call = pipeline_class(self.stages[stage].class_name).__call__
         return inspect.signature(call).parameters[name].default
 

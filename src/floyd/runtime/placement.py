@@ -48,9 +48,8 @@ class WhereTheyAre:
         return device_of(module)
 
 
-@dataclass(frozen=True)
-class OneAtATime:
-    """Only the component in use is on the device."""
+class Visits:
+    """What placements share that bring a network to a device for its use: how is their own."""
 
     device: torch.device
 
@@ -59,14 +58,25 @@ class OneAtATime:
         if not isinstance(module, nn.Module) or is_settled(module):
             yield module
             return
-        with shared(module, self, self._visit):
+        with shared(module, self, self.visit):
             yield module
 
     def device_of(self, module: object) -> torch.device:
         return device_of(module) if not isinstance(module, nn.Module) or is_settled(module) else self.device
 
+    def visit(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Bring it, and take it home at the end of the block."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class OneAtATime(Visits):
+    """Only the component in use is on the device."""
+
+    device: torch.device
+
     @contextmanager
-    def _visit(self, module: nn.Module) -> Iterator[None]:
+    def visit(self, module: nn.Module) -> Iterator[None]:
         home = device_of(module)
         kept = _Kept.all_of(module)
         try:
@@ -111,24 +121,13 @@ class _Kept:
 
 
 @dataclass(frozen=True)
-class LayerByLayer:
+class LayerByLayer(Visits):
     """Only the layer in use is on the device: slow, and needs almost no memory there."""
 
     device: torch.device
 
     @contextmanager
-    def use(self, module: M) -> Iterator[M]:
-        if not isinstance(module, nn.Module) or is_settled(module):
-            yield module
-            return
-        with shared(module, self, self._visit):
-            yield module
-
-    def device_of(self, module: object) -> torch.device:
-        return device_of(module) if not isinstance(module, nn.Module) or is_settled(module) else self.device
-
-    @contextmanager
-    def _visit(self, module: nn.Module) -> Iterator[None]:
+    def visit(self, module: nn.Module) -> Iterator[None]:
         home = device_of(module)
         handles = [module.register_forward_pre_hook(bring_inputs(self.device), with_kwargs=True, prepend=True)]
         try:

@@ -12,23 +12,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Condition
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from floyd.runtime.parts import SLOTS, Ring, least_bytes, smallest_ring
-from floyd.runtime.placement import bring_inputs, device_of, is_settled, shared
+from floyd.runtime.placement import Visits, bring_inputs
 from floyd.runtime.transfers import Transfers, transfers_to
-
-M = TypeVar("M")
 
 _ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
-class Streamed:
+class Streamed(Visits):
     """At most `budget_bytes` of a network are on the device while it works."""
 
     device: torch.device
@@ -43,18 +41,7 @@ class Streamed:
             raise ValueError(f"budget_bytes must be more than 0, got {self.budget_bytes}.")
 
     @contextmanager
-    def use(self, module: M) -> Iterator[M]:
-        if not isinstance(module, nn.Module) or is_settled(module):
-            yield module
-            return
-        with shared(module, self, self._visit):
-            yield module
-
-    def device_of(self, module: object) -> torch.device:
-        return device_of(module) if not isinstance(module, nn.Module) or is_settled(module) else self.device
-
-    @contextmanager
-    def _visit(self, module: nn.Module) -> Iterator[None]:
+    def visit(self, module: nn.Module) -> Iterator[None]:
         units, memory = _units_of(module), _MEMORIES.setdefault(module, _Memory())
         journey = _Journey(units, self, memory)
         handles = [module.register_forward_pre_hook(bring_inputs(self.device), with_kwargs=True, prepend=True)]
