@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from floyd.apps.cli.refusals import Commands, refusing
 from floyd.errors import CheckpointError, DownloadError
 
 HEAVY = ("torch", "transformers", "numpy", "PIL", "huggingface_hub", "safetensors")
-COMMANDS = ("generate", "info", "judge", "eval", "train-mini", "download", "plan", "doctor")
+COMMANDS = ("generate", "info", "judge", "eval", "train", "train-mini", "download", "plan", "doctor")
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -59,6 +60,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_help_names_every_command() -> None:
+    assert tuple(command.name for command in app.registered_commands) == COMMANDS
     page = CliRunner().invoke(app, ["--help"]).stdout
     assert all(command in page for command in COMMANDS)
 
@@ -68,6 +70,14 @@ def test_every_command_has_help(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
     assert "--help" in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_breaks_its_lines_where_the_terminal_ends(command: str) -> None:
+    page = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "70", "TERMINAL_WIDTH": "70"}).stdout
+    lines = [line.strip() for line in page[: page.index("╭")].splitlines()]
+    told = [(line, after) for line, after in pairwise(lines) if line and after]
+    assert all(len(f"{line} {after.split()[0]}") > 66 for line, after in told), "a word would have fitted before"
 
 
 def test_the_version_is_the_packages() -> None:

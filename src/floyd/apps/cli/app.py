@@ -6,6 +6,7 @@ immediate.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -27,15 +28,26 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("generate")(generate)
-app.command("info")(info)
-app.command("judge")(judge)
-app.command("eval")(evaluate)
-app.command("train")(train)
-app.command("train-mini")(train_mini)
-app.command("download")(download)
-app.command("plan")(plan)
-app.command("doctor")(doctor)
+
+
+def _flowing(text: str | None) -> str:
+    """Paragraphs of one line each: a terminal breaks them where it ends, not where our source does."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in (text or "").split("\n\n"))
+
+
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "generate": generate,
+    "info": info,
+    "judge": judge,
+    "eval": evaluate,
+    "train": train,
+    "train-mini": train_mini,
+    "download": download,
+    "plan": plan,
+    "doctor": doctor,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name, help=_flowing(_command.__doc__))(_command)
 
 
 def _version(is_asked: bool) -> None:

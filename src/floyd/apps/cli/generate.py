@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from floyd.pipelines.cascade import Cascade, CascadeResult
     from floyd.pipelines.events import Event
 
-Prompt = Annotated[str, typer.Argument(help="What the picture shows.", show_default=False)]
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What the picture shows.", show_default=False)]
 Output = Annotated[
     Path,
     typer.Option(

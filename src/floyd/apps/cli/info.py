@@ -13,7 +13,7 @@ from floyd.apps.cli.refusals import refusing
 if TYPE_CHECKING:
     from floyd.scenes.judge import Reading
 
-PictureFile = Annotated[Path, typer.Argument(help="A picture.", show_default=False)]
+PictureFile = Annotated[Path, typer.Argument(metavar="PICTURE", help="A picture.", show_default=False)]
 
 
 def info(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Model = Annotated[
     list[str],
     typer.Argument(
-        metavar="MODEL...",
+        metavar="MODEL",
         help="A folder of stages, or up to three folders or hub ids of pipelines; if-m, if-l, if-xl are DeepFloyd's, "
         f"{BUILT_IN} is floyd's own. They need not be downloaded.",
         show_default=False,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 File = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[CONFIG.toml]", help="Settings, by the names of the flags; flags are stronger.", show_default=False
+        metavar="CONFIG.toml", help="Settings, by the names of the flags; flags are stronger.", show_default=False
     ),
 ]
 
