@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from floyd.apps.settings import Settings, merged
+from floyd.apps.settings import Settings
 
 STAGES = ("stage_1", "stage_2", "stage_3")
 
@@ -58,9 +58,3 @@ def test_too_few_values_are_refused() -> None:
         ValueError, match=r"guidance must be one value, or 3, for stage_1, stage_2, stage_3; got 5\.0,1\.0"
     ):
         Settings.parsed(guidance="5,1").options(STAGES)
-
-
-def test_a_number_of_steps_is_stronger_than_a_stored_table() -> None:
-    preset = {"timesteps": "fast27", "guidance_scale": 5.0}
-    assert merged(preset, {"num_inference_steps": 9}) == {"num_inference_steps": 9, "guidance_scale": 5.0}
-    assert merged(preset, {"guidance_scale": 2.0}) == {"timesteps": "fast27", "guidance_scale": 2.0}

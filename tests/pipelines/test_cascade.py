@@ -291,6 +291,22 @@ def test_an_interrupted_run_ends_with_what_is_painted_so_far(cascade: Cascade, a
     assert list(whole.stages) == ["stage_1", "stage_2"]
 
 
+@pytest.mark.parametrize("is_left", [True, False])
+def test_what_was_fetched_ahead_for_a_run_is_dropped_at_its_end(
+    cascade: Cascade, monkeypatch: pytest.MonkeyPatch, is_left: bool
+) -> None:
+    dropped: list[int] = []
+    monkeypatch.setattr("floyd.pipelines.run.drop_fetched", lambda component: dropped.append(id(component)))
+    run = cascade.run(PROMPT, size=48, steps=1)
+    next(run)
+    assert dropped == []
+    if is_left:
+        run.close()
+    else:
+        list(run)
+    assert {id(part) for stage in cascade.stages.values() for part in stage.components.values()} == set(dropped)
+
+
 def test_another_thread_interrupts_a_call(cascade: Cascade) -> None:
     results: list[Any] = []
     is_painting = threading.Event()

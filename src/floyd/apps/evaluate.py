@@ -22,8 +22,9 @@ import numpy.typing as npt
 import torch
 from torch import Generator, Tensor
 
-from floyd.apps.settings import Settings, merged
+from floyd.apps.settings import Settings
 from floyd.pipelines.cascade import Cascade
+from floyd.pipelines.order import merged
 from floyd.pipelines.run import stage_seed
 from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
 from floyd.scenes.captions import Caption, captioned

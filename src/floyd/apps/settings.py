@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -43,12 +43,6 @@ class Settings:
         for stage, interval in _spread("guidance_interval", self.guidance_interval, stages).items():
             options[stage]["guidance_interval"] = interval
         return options
-
-
-def merged(preset: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
-    """What the caller says over what the checkpoint says; a number of steps is stronger than a stored table."""
-    is_counted = "num_inference_steps" in told
-    return {**{key: value for key, value in preset.items() if not (is_counted and key == "timesteps")}, **told}
 
 
 def _step(text: str) -> int | str:

@@ -77,9 +77,8 @@ def arguments_of(
     for name in names:
         told = _steps(steps_of[name])
         told |= _present(guidance_scale=guidance_of[name], guidance_interval=interval_of[name])
-        arguments[name] = checked(
-            name, stages[name], _merged(presets.get(name, {}), told | dict(options.get(name, {})))
-        )
+        told |= dict(options.get(name, {}))
+        arguments[name] = checked(name, stages[name], merged(presets.get(name, {}), told))
     return arguments
 
 
@@ -124,7 +123,7 @@ def _by_stage(name: str, value: Any, names: Sequence[str], num_stages: int, *, i
     return dict(zip(names, value, strict=False))
 
 
-def _merged(preset: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+def merged(preset: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
     """What the caller said over what the checkpoint says; a number of steps is stronger than a stored table."""
     if "num_inference_steps" in told:
         preset = {key: value for key, value in preset.items() if key != "timesteps"}

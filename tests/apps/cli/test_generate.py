@@ -269,6 +269,13 @@ def test_bad_arguments_are_one_line_and_no_work(
     assert names(tmp_path) == ["file.txt"]
 
 
+@pytest.mark.parametrize("prompt", ["", " \t"])
+def test_an_empty_prompt_is_refused(generate: Callable[..., Result], tmp_path: Path, prompt: str) -> None:
+    result = generate(prompt=prompt)
+    assert (result.exit_code, result.stderr) == (2, "floyd: The prompt is empty: say what the picture shows.\n")
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -55,7 +55,8 @@ def test_judge_says_if_there_is_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "name", "message"),
     [
-        ("info", "absent.png", "cannot be read"),
+        ("info", "absent.png", "There is no file"),
+        ("info", ".", "There is no file"),
         ("info", "noise.png", "cannot be read as a PNG"),
         ("info", "a.jpg", "cannot be read as a PNG"),
         ("info", "silent.png", "does not say what made it"),

@@ -17,7 +17,7 @@ import typer
 from floyd.apps.cli.models import Device, Dtype, Models, Quiet, Ram, Threads, Variant, Vram, hash_of, load, name_of
 from floyd.apps.cli.progress import Bars, progress
 from floyd.apps.cli.refusals import refusing
-from floyd.apps.settings import Settings, merged, said
+from floyd.apps.settings import Settings, said
 
 if TYPE_CHECKING:
     from floyd.pipelines.cascade import Cascade, CascadeResult
@@ -129,6 +129,8 @@ def generate(
     """
     with refusing():
         check_text("prompt", prompt)
+        if not prompt.strip():
+            raise ValueError("The prompt is empty: say what the picture shows.")
         check_text("negative prompt", negative_prompt or "")
         files = Files.checked(output, count, stages_dir)
         settings = Settings.parsed(steps=steps, guidance=guidance, guidance_interval=guidance_interval)
@@ -233,6 +235,8 @@ def histories_of(
     sizes: Mapping[str, str],
 ) -> dict[str, dict[str, str]]:
     """For each stage that ran, what makes its picture again: all values up to it, as the options take them."""
+    from floyd.pipelines.order import merged
+
     steps, guidance, intervals, histories = [], [], [], {}
     is_restricted = False
     for name, count in num_steps.items():

@@ -23,6 +23,8 @@ def info(
     from floyd.images.metadata import read_info
 
     with refusing():
+        if not picture.is_file():
+            raise ValueError(f"There is no file {picture}.")
         try:
             story = read_info(picture)
         except OSError as error:
