@@ -131,6 +131,20 @@ def test_a_file_uses_only_what_its_room_may(path: Path) -> None:
     assert wall_violations(path.read_text(encoding="utf-8"), room_of(path)) == []
 
 
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_every_room_is_told_of(page: str) -> None:
+    text = (SRC.parents[1] / page).read_text(encoding="utf-8")
+    rooms = {path.name for path in SRC.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    told = {
+        name for line in text.splitlines() if line.startswith("| `") for name in line.split("|")[1].split("`")[1::2]
+    }
+    assert rooms <= told, f"{page} does not tell of {sorted(rooms - told)}"
+
+
+def test_every_room_with_code_has_a_floor() -> None:
+    assert {room_of(path) for path in FILES} == set(MAY_IMPORT)
+
+
 def test_no_room_stands_below_itself() -> None:
     assert list(TopologicalSorter(MAY_IMPORT).static_order())  # a cycle raises
 
