@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Before torch loads OpenMP: threads that wait for one another sleep, for the workers have taken all cores.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import pytest
 import torch

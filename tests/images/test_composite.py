@@ -30,7 +30,7 @@ PICTURES: dict[str, Any] = {
 PAINTED: dict[str, Any] = {
     "pil": [Image.new("RGB", (7, 5), (10, 200, 30))],
     "np": np.full((1, 5, 7, 3), 0.25, dtype=np.float32),
-    "pt": torch.full((1, 3, 5, 7), 0.25),
+    "pt": torch.full((1, 3, 5, 7), -0.25),
 }
 
 
@@ -143,3 +143,22 @@ def test_counts_that_do_not_go_together_are_refused() -> None:
         put_back(PAINTED["np"], [UNIT, UNIT], MASK)
     with pytest.raises(ValueError, match="0 of mask_image for 1 painted"):
         put_back(PAINTED["np"], UNIT, [])
+
+
+def test_a_tensor_of_stage_three_is_put_back_in_its_own_range() -> None:
+    """It comes in [0, 1], those of the other stages in [-1, 1]."""
+    unit = torch.rand(1, 3, 18, 28, generator=torch.Generator().manual_seed(3))
+    put = put_back(unit, SIGNED, MASK, value_range=(0, 1))
+    assert torch.equal(put, put_back(2 * unit - 1, SIGNED, MASK))
+    assert torch.equal(put[0, :, ~torch.from_numpy(MASK)], SIGNED[:, ~torch.from_numpy(MASK)])
+
+
+def test_a_tensor_of_either_range_is_asked_for_and_not_guessed_at() -> None:
+    bright = torch.full((1, 3, 5, 7), 0.5)
+    with pytest.raises(ValueError, match=r"value_range=\(0, 1\) if it is stage III's"):
+        put_back(bright, SIGNED, MASK)
+    assert (put_back(bright, SIGNED, MASK, value_range=(-1, 1))[0, :, 4, 5] == 0.5).all()
+    with pytest.raises(ValueError, match=r"must be \(-1, 1\) or \(0, 1\)"):
+        put_back(bright, SIGNED, MASK, value_range=(0, 255))
+    with pytest.raises(ValueError, match="have only one"):
+        put_back(PAINTED["np"], SIGNED, MASK, value_range=(0, 1))

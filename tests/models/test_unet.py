@@ -274,7 +274,11 @@ def test_a_misspelt_keyword_is_named() -> None:
         ("act_fn", "tanh"),
         ("addition_embed_type", "text_image"),
         ("addition_time_embed_dim", 256),
+        ("addition_embed_type_num_heads", 5),
+        ("addition_embed_type_num_heads", 0),
         ("attention_head_dim", (8, 8)),
+        ("attention_head_dim", 48),  # more than a level has channels: no head would be left
+        ("attention_head_dim", 0),
         ("attention_type", "gated"),
         ("class_embed_type", "projection"),
         ("class_embeddings_concat", True),

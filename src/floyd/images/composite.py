@@ -23,7 +23,12 @@ LIMITS = {"pil": (0.0, 255.0), "np": UNIT, "pt": (-torch.inf, torch.inf)}
 
 
 def put_back(
-    painted: Image.Image | Painted, picture: Pictures, mask_image: Mask | Sequence[Mask], *, feather: int = 0
+    painted: Image.Image | Painted,
+    picture: Pictures,
+    mask_image: Mask | Sequence[Mask],
+    *,
+    feather: int = 0,
+    value_range: tuple[float, float] | None = None,
 ) -> Painted:
     """The given pictures at their own size, with what was painted where the mask is white.
 
@@ -31,8 +36,11 @@ def put_back(
     [0, 1] of arrays [B, H, W, C], [-1, 1] of tensors [B, C, H, W]. What was painted may be of another size than the
     picture, from any stage; `feather` is over how many pixels within the white part it fades in. One picture and one
     mask serve all that was painted of them; several are repeated as prompts are.
+
+    `value_range` is that of a painted tensor: (-1, 1), what stages I and II call "pt", or (0, 1), what stage III calls
+    so. What comes back is in [-1, 1]. Without it a tensor that could be either is refused.
     """
-    kind, parts = _each_painted(painted)
+    kind, parts = _each_painted(painted, value_range)
     if isinstance(feather, bool) or not isinstance(feather, int) or feather < 0:
         raise ValueError(f"feather must be a number of pixels, an int of at least 0, got {feather!r}.")
     pictures = repeated(each(picture), len(parts), "picture")
@@ -70,10 +78,19 @@ def _put(x_CHW: Tensor, own_CHW: Tensor, mask: Mask, feather: int, kind: str) ->
     return torch.where(mask_1HW == 0, own_CHW, (1 - mask_1HW) * own_CHW + mask_1HW * x_CHW)
 
 
-def _each_painted(painted: Any) -> tuple[str, list[Tensor]]:
+def _each_painted(painted: Any, value_range: tuple[float, float] | None) -> tuple[str, list[Tensor]]:
     """Of which kind, and each as float32 [C, H, W] in the range of its kind."""
+    if value_range not in (None, SIGNED, UNIT):
+        raise ValueError(f"value_range must be (-1, 1) or (0, 1), got {value_range!r}.")
     if isinstance(painted, Tensor):
-        return "pt", list(to_tensor(painted, name="painted"))
+        if value_range is None and painted.is_floating_point() and bool((painted >= 0).all()):
+            raise ValueError(
+                'painted is a tensor without a negative value: say value_range=(0, 1) if it is stage III\'s "pt", '
+                "(-1, 1) if it is another stage's and as bright as that."
+            )
+        return "pt", list(to_tensor(painted, value_range=value_range or SIGNED, name="painted"))
+    if value_range is not None:
+        raise ValueError("value_range is that of a painted tensor: PIL pictures and arrays have only one.")
     if isinstance(painted, np.ndarray):
         return "np", [_as("np", one) for one in each(painted)]
     return "pil", [_as("pil", one) for one in each(painted)]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from floyd.errors import ConfigError
 from floyd.models.configs import DOWN_BLOCKS, MID_BLOCKS, UP_BLOCKS, UNetConfig
 from floyd.models.unet_blocks import DownBlock, MidBlock, Style, UpBlock
 from floyd.models.unet_told import Context, Ready, Timetable, Told
@@ -60,6 +61,10 @@ class UNet2DConditionModel(Model):
         if config.addition_embed_type == "text":
             encoder_width = config.encoder_hid_dim or config.cross_attention_dim
             heads = config.addition_embed_type_num_heads
+            if heads < 1 or encoder_width % heads:
+                raise ConfigError(
+                    f"addition_embed_type_num_heads must divide the text's width, {encoder_width}, got {heads}."
+                )
             self.add_embedding = TextTimeEmbedding(encoder_width, time_width, num_heads=heads)
 
         last = len(widths) - 1

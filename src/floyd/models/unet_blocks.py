@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from floyd.errors import ConfigError
 from floyd.models.configs import BlockType, UNetConfig
 from floyd.models.unet_told import Told
 from floyd.nn.attention import AddedKVAttention
@@ -79,6 +80,12 @@ class Style:
 
     def attention(self, block: BlockType, channels: int) -> nn.Module:
         config = self.config
+        per_level = self.head_width if block.attention == "added_kv" else self.num_heads
+        if not 1 <= per_level <= channels:
+            raise ConfigError(
+                f"attention_head_dim must be in [1, {channels}] at a level of {channels} channels, got {per_level}: "
+                "its attention would have no heads, or heads of no width."
+            )
         if block.attention == "added_kv":
             return AddedKVAttention(
                 channels,

@@ -5,13 +5,13 @@ B images  C channels  H height  W width  Z latent channels  M moments (mean and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from floyd.errors import ConfigError
 from floyd.models.tiling import tiled
@@ -19,6 +19,7 @@ from floyd.nn.autoencoder import ACTIVATIONS, EPS, DownEncoderBlock, MiddleBlock
 from floyd.store.config import Config
 from floyd.store.pretrained import Model
 
+Draw = Callable[[Tensor], Tensor]  # normal noise of another tensor's shape, place and precision: a `Noise`
 LEGACY_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -85,12 +86,9 @@ class DiagonalGaussian:
     def mode(self) -> Tensor:
         return self.mean
 
-    def sample(self, generator: Generator | None = None) -> Tensor:
-        """One draw; a generator of another device draws there, and the noise is moved."""
-        mean_BZhw = self.mean
-        device = mean_BZhw.device if generator is None else generator.device
-        noise_BZhw = torch.randn(mean_BZhw.shape, generator=generator, device=device, dtype=mean_BZhw.dtype)
-        return mean_BZhw + self.std * noise_BZhw.to(mean_BZhw.device)
+    def sample(self, noise: Draw) -> Tensor:
+        """One draw."""
+        return self.mean + self.std * noise(self.mean)
 
     def kl(self) -> Tensor:
         """How far from the standard normal distribution, one number per image."""
@@ -222,16 +220,11 @@ class AutoencoderKL(Model):
         self.is_sliced = False
 
     def forward(
-        self,
-        x_BCHW: Tensor,
-        *,
-        sample_posterior: bool = False,
-        generator: Generator | None = None,
-        return_dict: bool = True,
+        self, x_BCHW: Tensor, *, noise: Draw | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:
-        """The picture after a journey through the latents: through their mean, or through one draw."""
+        """The picture after a journey through the latents: through their mean, or with `noise` through one draw."""
         (distribution,) = self.encode(x_BCHW)
-        z_BZhw = distribution.sample(generator) if sample_posterior else distribution.mode()
+        z_BZhw = distribution.mode() if noise is None else distribution.sample(noise)
         return self.decode(z_BZhw, return_dict=return_dict)
 
     def _check(self, x: Tensor, what: str, channels: int, *, multiple: int) -> None:

@@ -6,6 +6,7 @@ B images  C channels  H height  W width  L text tokens  D text width  K all bran
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -93,7 +94,7 @@ class Chain:
                 yield moved._replace(x_BCHW=self.canvas.blended(moved.x_BCHW)) if moved.step.is_last else moved
 
 
-class Painter(LoraPipeline):
+class Painter(LoraPipeline, ABC):
     """A pipeline whose call is one stage: text and canvas in, pictures out.
 
     `max_rows` is how many rows of a batch the UNet is given at once, a picture with guidance being two; None is all.
@@ -119,11 +120,13 @@ class Painter(LoraPipeline):
         with part_of(self, "other"), steady(arguments["batch_invariant"] is True):
             return self._task(arguments)
 
+    @abstractmethod
     def __call__(self, *args: Any, **options: Any) -> Any:
-        raise NotImplementedError
+        """Paint: each pipeline names its arguments and their defaults here."""
 
+    @abstractmethod
     def _task(self, arguments: Mapping[str, Any]) -> Task:
-        raise NotImplementedError
+        """A call's arguments, all of them checked, as what is to be painted."""
 
     def watch(self, task: Task) -> Generator[Moved]:
         """Paint, one step at a time; closing the iterator stops. The last `x_BCHW` is for `finished`."""
@@ -353,9 +356,9 @@ class Painter(LoraPipeline):
                     f"negative_prompt_embeds have {negative.shape[1]} tokens, but a prompt is read as {tokens}."
                 )
 
+    @abstractmethod
     def _num_tokens(self) -> int:
         """As how many tokens a prompt is read."""
-        raise NotImplementedError
 
     def _need(self, *names: str) -> None:
         for name in names:

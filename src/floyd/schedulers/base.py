@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
@@ -91,7 +92,7 @@ class SchedulerConfig(TrainingConfig):
     rescale_betas_zero_snr: bool = False
 
 
-class Scheduler(Configured):
+class Scheduler(Configured, ABC):
     """A component of a pipeline: how its model was noised, and how to sample from it.
 
     It never changes. What a call needs, a table of timesteps and a sampler, is made fresh for it, so calls may share
@@ -145,9 +146,9 @@ class Scheduler(Configured):
             count, config.num_train_timesteps, spacing=config.timestep_spacing, steps_offset=config.steps_offset
         )
 
+    @abstractmethod
     def sampler(self, num_inference_steps: int | None = None, *, eta: float = 0.0) -> Sampler:
         """A sampler for one call; name the number of steps unless the table is a custom one."""
-        raise NotImplementedError
 
     def add_noise(self, original: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
         """`original` at the noise level of `timesteps`: one for all images or one for each."""

@@ -76,10 +76,10 @@ def wait_asked_for(error: BaseException) -> float | None:
         return None
 
 
-def absent(source: Source, what: str) -> CheckpointError:
+def absent(source: Source, what: str, *, or_else: str = "") -> CheckpointError:
     if not source.is_offline:
-        return CheckpointError(f"{source.id}: {what}.")
-    return DownloadError(f"{source.id}: {what}, and floyd is offline. {GO_ONLINE}")
+        return CheckpointError(f"{source.id}: {what}.{or_else}")
+    return DownloadError(f"{source.id}: {what}, and floyd is offline. {GO_ONLINE}{or_else}")
 
 
 def translated(source: Source, error: Exception) -> DownloadError:

@@ -91,7 +91,8 @@ def _files(
         kind, own = index.components[name], _below(names, name)
         used = variant if naming.choose(own, variant=variant, use_safetensors=use_safetensors) else None
         with_weights = kind is not None and layout.has_weights(kind)
-        files += _needed(source, name, own, used, use_safetensors, with_weights=with_weights)
+        or_else = f" Or pass {name}=..., another pipeline's, or {name}=None to do without."
+        files += _needed(source, name, own, used, use_safetensors, with_weights=with_weights, or_else=or_else)
     return files
 
 
@@ -168,17 +169,18 @@ def _needed(
     use_safetensors: bool | None,
     *,
     with_weights: bool,
+    or_else: str = "",
 ) -> list[str]:
     """The files of one component: the small ones, and one set of weights."""
     files = [name for name in names if name.endswith(_SMALL) and not naming.is_weights(name)]
     if not files:
-        raise absent(source, f"no files for {prefix or 'a model at its root'} there")
+        raise absent(source, f"no files for {prefix or 'a model at its root'} there", or_else=or_else)
     if with_weights:
         found = naming.choose(names, variant=variant, use_safetensors=use_safetensors)
         if found is None and variant is not None:
             raise ValueError(no_such_variant(f"{source.id}/{prefix}", variant, naming.variants(names)))
         if found is None or found.num_missing:
-            raise absent(source, f"{prefix or 'its root'} has no complete weights there")
+            raise absent(source, f"{prefix or 'its root'} has no complete weights there", or_else=or_else)
         files += [*found.files, *([found.index] if found.index else [])]
     return [f"{prefix}/{name}" if prefix else name for name in files]
 

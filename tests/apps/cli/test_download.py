@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from floyd.apps.cli.app import app
 from floyd.errors import DownloadError
+from floyd.pipelines.base import DiffusionPipeline
 from floyd.pipelines.cascade import Cascade
 from floyd.pipelines.deepfloyd_if import IFPipeline
 from floyd.store.cache import cached_pipelines
@@ -89,6 +90,15 @@ def test_a_cascade_is_fetched_once_and_works_offline(stocked: Hub, tmp_path: Pat
     assert cascade.sizes == {"stage_1": 48, "stage_2": 96, "stage_3": 384}
     drawn = cascade("a red circle", size=96, steps=2)
     assert drawn.images[0].size == (96, 96)
+
+
+def test_a_second_stage_whose_t5_was_left_out_says_what_to_pass(stocked: Hub) -> None:
+    assert run("if-xl", "--variant", "fp16", "--quiet").exit_code == 0
+    second: dict[str, Any] = {"variant": "fp16", "local_files_only": True}
+    with pytest.raises(DownloadError, match=r"no files for tokenizer .* tokenizer=None to do without"):
+        DiffusionPipeline.from_pretrained(STAGES["stage_2"], **second)
+    second |= dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker"))
+    assert DiffusionPipeline.from_pretrained(STAGES["stage_2"], **second).unet.config.in_channels == 6
 
 
 def test_what_is_here_is_not_fetched_again(stocked: Hub) -> None:
