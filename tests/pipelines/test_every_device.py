@@ -18,6 +18,7 @@ from torch import Tensor
 
 import floyd.schedulers
 from floyd.pipelines.cascade import Cascade
+from floyd.runtime.switches import Switches
 
 SCHEDULERS = [name for name in floyd.schedulers.__all__ if name.endswith("Scheduler")]
 SRC = Path(__file__).parents[2] / "src" / "floyd"
@@ -92,12 +93,26 @@ def test_every_pipeline_paints_on_a_mac_what_it_paints_on_the_cpu(
     assert not {operator for operator in mac.seen if "randn" in operator or "normal_" in operator}
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("name", ["IFSuperResolutionPipeline", "StableDiffusionUpscalePipeline"])
+@pytest.mark.parametrize("switches", [Switches.off(), Switches.on()], ids=["off", "on"])
+def test_nothing_that_makes_it_faster_asks_a_mac_for_what_it_lacks(
+    ours: dict[str, Any], on_mac: dict[str, Any], name: str, switches: Switches
+) -> None:
+    """More than what is on for a Mac by itself, and less."""
+    expected = built(name, ours)(**told(name, 0)).images
+    pipe = built(name, on_mac)
+    assert pipe.switches not in (Switches.off(), Switches.on())
+    pipe.switches = switches
+    torch.testing.assert_close(pipe(**told(name, 0)).images.cpu(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scheduler", [*SCHEDULERS, "the stochastic solver"])
 def test_every_scheduler_steps_on_a_mac(ours: dict[str, Any], on_mac: dict[str, Any], scheduler: str) -> None:
-    cls = getattr(floyd.schedulers, scheduler)
+    cls = getattr(floyd.schedulers, scheduler, floyd.schedulers.DPMSolverMultistepScheduler)
+    changes = {} if scheduler in SCHEDULERS else {"algorithm_type": "sde-dpmsolver++"}
 
     def painted(pipes: dict[str, Any]) -> Tensor:
-        pipe = built("IFPipeline", pipes, scheduler=cls.from_config(pipes["one"].scheduler.config))
+        pipe = built("IFPipeline", pipes, scheduler=cls.from_config(pipes["one"].scheduler.config, **changes))
         images: Tensor = pipe(**told("IFPipeline", 0) | {"eta": 0.5 if scheduler == "DDIMScheduler" else 0}).images
         return images.cpu()
 

@@ -58,19 +58,24 @@ def test_a_call_repeated_is_the_same_to_the_last_bit(ours: dict[str, Any], name:
     assert torch.equal(pixels(pipe, **told(name, 0)), pixels(pipe, **told(name, 0)))
 
 
-def test_another_process_and_the_command_paint_the_same_pixels(tmp_path: Path) -> None:
-    prompt, steps, seed = "a large red circle on a white background", 2, 3
-    file = tmp_path / "picture.png"
-    command = [sys.executable, "-c", "from floyd.apps.cli import main; main()", "generate", prompt, "-o", str(file)]
+def test_another_process_and_the_command_paint_the_same_pixels(ours: dict[str, Any], tmp_path: Path) -> None:
+    """All three stages; the other process orders its sets and dicts by another hash."""
+    Cascade(*quiet(ours).values()).save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-c", "from floyd.apps.cli import main; main()", "generate", PROMPTS[1]]
+    options = ["--model=model", "--steps=2", "--seed=3", "--threads=1", "--device=cpu", "--quiet"]
     subprocess.run(
-        [*command, "--size=64", f"--steps={steps}", f"--seed={seed}", "--threads=1", "--device=cpu", "--quiet"],
+        [*command, *options, "--output=picture.png", "--stages-dir=stages"],
         check=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "7"},
     )
-    (picture,) = Cascade.built_in()(prompt, size=64, steps=steps, seed=seed).images
-    with Image.open(file) as written:
-        np.testing.assert_array_equal(np.asarray(written), np.asarray(picture))
+    result = Cascade.from_pretrained(tmp_path / "model")(PROMPTS[1], steps=2, seed=3)
+    written = sorted((tmp_path / "stages").iterdir(), key=lambda path: path.stat().st_size)
+    assert len(written) == 2
+    for file, painted in zip([*written, tmp_path / "picture.png"], result.stages.values(), strict=True):
+        with Image.open(file) as picture:
+            np.testing.assert_array_equal(np.asarray(picture), np.asarray(painted[0]))
 
 
 # --------------------------------------------------------------------------------------------------------- in company

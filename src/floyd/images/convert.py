@@ -138,7 +138,7 @@ def _batch(
         x_BCHW = item
     else:
         raise TypeError(f"{name} must be PIL pictures, numpy arrays or tensors, got {type(item).__name__}.")
-    return _rgb(_signed(x_BCHW if x_BCHW.ndim == 4 else x_BCHW[None], value_range, name), name)
+    return _rgb(_signed(x_BCHW if x_BCHW.ndim == 4 else x_BCHW[None], value_range, name), item, name)
 
 
 def _signed(x_BCHW: Tensor, value_range: tuple[float, float], name: str) -> Tensor:
@@ -157,8 +157,12 @@ def _stretched(x_BCHW: Tensor, low: float, high: float) -> Tensor:
     return 2 * ((x_BCHW - low) / (high - low)) - 1
 
 
-def _rgb(x_BCHW: Tensor, name: str) -> Tensor:
+def _rgb(x_BCHW: Tensor, given: Picture, name: str) -> Tensor:
     channels = x_BCHW.shape[1]
     if channels not in (1, 3):
-        raise ValueError(f"{name} must have 3 channels (or 1, for gray), got {channels} in {list(x_BCHW.shape)}.")
+        axes = "a tensor's stand before height and width" if isinstance(given, Tensor) else "an array's stand last"
+        advice = " Leave the fourth out if it is transparency." if channels == 4 else ""
+        raise ValueError(
+            f"{name} must have 3 channels (or 1, for gray), got {channels} in {list(given.shape)}: {axes}.{advice}"  # type: ignore[union-attr]
+        )
     return x_BCHW.expand(-1, 3, -1, -1)
