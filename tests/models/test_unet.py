@@ -277,7 +277,7 @@ def test_a_misspelt_keyword_is_named() -> None:
         ("addition_embed_type_num_heads", 5),
         ("addition_embed_type_num_heads", 0),
         ("attention_head_dim", (8, 8)),
-        ("attention_head_dim", 48),  # more than a level has channels: no head would be left
+        ("attention_head_dim", 4096),  # more than a level has channels: no head would be left
         ("attention_head_dim", 0),
         ("attention_type", "gated"),
         ("class_embed_type", "projection"),

@@ -85,6 +85,12 @@ def test_an_unknown_keyword_is_named_in_a_warning(folders: dict[str, Path], capl
     assert "does not know safty_checker" in caplog.text
 
 
+@pytest.mark.parametrize(("word", "scheme"), [("load_in_8bit", "int8"), ("load_in_4bit", "int4")])
+def test_bits_in_the_words_of_transformers_are_not_ignored(folders: dict[str, Path], word: str, scheme: str) -> None:
+    with pytest.raises(TypeError, match=f"{word} is a word of transformers.*'text_encoder': '{scheme}'"):
+        DiffusionPipeline.from_pretrained(folders["one"], **{word: True})
+
+
 def test_another_kind_of_component_is_named_in_a_warning(
     folders: dict[str, Path], ours: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -31,6 +31,7 @@ Dtypes = torch.dtype | str | Mapping[str, torch.dtype | str] | None
 Quantizations = str | Mapping[str, str | None] | None
 
 _LARGE = ("text_encoder", "unet")  # what a quantization of no component in particular is for
+_BITS = {"load_in_8bit": "int8", "load_in_4bit": "int4"}  # to leave these out would take several times the memory
 _QUANTIZABLE = (*_LARGE, "vae", "safety_checker", "default")
 
 
@@ -52,6 +53,12 @@ class Request:
         for name in names:
             as_dtype(name)
         self._check_quantization()
+        if foreign := sorted(_BITS.keys() & self.given.keys()):
+            word = foreign[0]
+            raise TypeError(
+                f"{word} is a word of transformers: pass quantization={{'text_encoder': '{_BITS[word]}'}} instead, or "
+                "a text_encoder that was loaded with it."
+            )
 
     def folder(self, components: list[str]) -> Any:
         """The local folder, with these components' files in it."""
@@ -113,8 +120,8 @@ def load(request: Request, choose: Callable[[str], type[P]]) -> P:
     index = read_index(request.folder([]))
     cls = choose(index.class_name)
     request = _with_files_read(request, index)
-    known = {*cls.component_names, *cls.value_names}
-    if unknown := sorted(set(request.given) - known):
+    known = (*cls.component_names, *cls.value_names)
+    if unknown := sorted(set(request.given) - set(known)):
         log.warning(
             "%s.from_pretrained does not know %s; ignored. It knows %s.",
             cls.__name__,
