@@ -207,17 +207,22 @@ def at_once(*works: Callable[[], Any]) -> list[Any]:
 
 
 def test_calls_at_the_same_time_do_not_disturb_each_other(ours: dict[str, Any]) -> None:
-    """Shared components, other schedulers, other tasks, and one that takes a single thread for itself."""
+    """Shared components, other tasks, one whose sampler is swapped under way, one with another that takes a single
+    thread for itself."""
     parts = quiet(ours)["one"].components
     solver = floyd.schedulers.UniPCMultistepScheduler.from_config(parts["scheduler"].config)
     names = ["IFPipeline", "IFPipeline", "IFInpaintingPipeline", "StableDiffusionUpscalePipeline"]
-    pipes = [built(name, ours) for name in names]
-    pipes[1].scheduler = solver
 
-    def work(i: int) -> Tensor:
-        return pixels(pipes[i], **told(names[i], 0, 1), batch_invariant=i == 1)
+    def work(i: int, swaps: bool = True) -> Tensor:
+        pipe = built(names[i], ours, **({"scheduler": solver} if i == 1 else {}))
 
-    expected = [work(i) for i in range(4)]
+        def swap(place: int, t: int, x: Tensor) -> None:
+            if swaps and i == 0:
+                pipe.scheduler = solver
+
+        return pixels(pipe, **told(names[i], 0, 1), batch_invariant=i == 1, callback=swap)
+
+    expected = [work(i, swaps=False) for i in range(4)]
     for image, alone in zip(at_once(*[lambda i=i: work(i % 4) for i in range(8)]), expected * 2, strict=True):
         assert torch.equal(image, alone)
 
