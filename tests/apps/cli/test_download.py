@@ -95,7 +95,7 @@ def test_a_cascade_is_fetched_once_and_works_offline(stocked: Hub, tmp_path: Pat
 def test_a_second_stage_whose_t5_was_left_out_says_what_to_pass(stocked: Hub) -> None:
     assert run("if-xl", "--variant", "fp16", "--quiet").exit_code == 0
     second: dict[str, Any] = {"variant": "fp16", "local_files_only": True}
-    with pytest.raises(DownloadError, match="no files for text_encoder .* text_encoder=None to do without"):
+    with pytest.raises(DownloadError, match=r"no files for text_encoder .* text_encoder=None to do without"):
         DiffusionPipeline.from_pretrained(STAGES["stage_2"], **second)
     second |= dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker"))
     assert DiffusionPipeline.from_pretrained(STAGES["stage_2"], **second).unet.config.in_channels == 6
