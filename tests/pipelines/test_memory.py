@@ -22,7 +22,7 @@ from floyd.pipelines.base import DiffusionPipeline
 from floyd.pipelines.cascade import Cascade
 from floyd.pipelines.deepfloyd_if import IFPipeline
 from floyd.pipelines.events import StageStarted
-from floyd.pipelines.memory import Managed
+from floyd.pipelines.memory import Managed, managed
 from floyd.pipelines.sizing import Sizing, Workload
 from floyd.runtime.budget import Budget
 from floyd.runtime.machine import ANY_CARD
@@ -52,14 +52,15 @@ def painted(cascade: Cascade, **options: Any) -> np.ndarray:
 
 def tight(models: list[Path]) -> Cascade:
     """With so little main memory that networks are read for each use."""
-    roomy = Cascade.from_pretrained(*models, memory=Budget(vram=0, ram="64GB"))
-    assert roomy.memory is not None
-    budget = roomy.memory.plan.ram_peak
-    while all(choice.is_kept for choice in roomy.memory.plan.choices):
+    roomy = managed(models, Budget(vram=0, ram="64GB"), dtype="float32")
+    budget, planned = roomy.plan.ram_peak, roomy
+    while all(choice.is_kept for choice in planned.plan.choices):
         budget -= 50_000
-        roomy = Cascade.from_pretrained(*models, memory=Budget(vram=0, ram=budget), torch_dtype="float32")
-        assert roomy.memory is not None
-    return roomy
+        planned = Managed.of(roomy.sizing, Budget(vram=0, ram=budget))
+    cascade = Cascade.from_pretrained(*models, memory=Budget(vram=0, ram=budget), torch_dtype="float32")
+    assert cascade.memory is not None
+    assert not all(choice.is_kept for choice in cascade.memory.plan.choices)
+    return cascade
 
 
 def smallest_card(sizing: Sizing) -> int:
