@@ -2,8 +2,9 @@
 
     python benchmarks/bench_concept.py [--methods lora dreambooth textual-inversion] [--steps 600] [--prompts 60]
 
-The shape is a crescent, the word "zorp". It is taught in four colours, in the middle and at the sides of the picture;
-asked for are the four other colours, in the corners.
+The shape is a crescent, the word "zorp". It is taught in four colours, in the middle and at the sides of the picture:
+six times alone, and six times beside a thing that the model knows, which shows it which of the words is new. Asked for
+are the four other colours, in the corners.
 
 found      the judge sees a crescent in the picture of a new prompt
 right      ... and everything else that the prompt says, and no other thing
@@ -34,7 +35,7 @@ from floyd.pipelines.cascade import Cascade
 from floyd.scenes.captions import Caption, caption
 from floyd.scenes.judge import read, verdict
 from floyd.scenes.render import render
-from floyd.scenes.scene import NEW_SHAPES, POSITIONS, SHAPES, Scene, sample_scene
+from floyd.scenes.scene import NEW_SHAPES, POSITIONS, SHAPES, SIZES, Scene, sample_scene
 
 SHAPE, WORD = NEW_SHAPES[0], "zorp"
 TAUGHT = (("red", "green", "blue", "yellow"), ("left", "right", "top", "bottom", "center"))  # colours, places
@@ -64,24 +65,39 @@ class Wanted:
         return self.caption.text
 
 
-def concepts(rng: np.random.Generator, colors: Sequence[str], places: Sequence[str]) -> Iterator[tuple[Scene, Caption]]:
-    """Scenes of one crescent in every colour and place, in turn, on any background that shows it."""
+def concepts(
+    rng: np.random.Generator, colors: Sequence[str], places: Sequence[str], *, things: int = 1
+) -> Iterator[tuple[Scene, Caption]]:
+    """Scenes of a crescent in every colour in turn, small and large, on any background that shows it.
+
+    Alone, at one of the places; or beside a known thing to which it stands somehow.
+    """
     turn = 0
     while True:
-        color, place = colors[turn % len(colors)], places[turn % len(places)]
-        scene = sample_scene(rng, split="any", things=1)
-        if scene.things[0].color != color or scene.position != place:
-            continue
-        scene = replace(scene, things=(replace(scene.things[0], shape=SHAPE),))
-        yield scene, caption(scene, rng)
-        turn += 1
+        scene = sample_scene(rng, split="any", things=things)
+        first, *others = scene.things
+        color, size = colors[turn % len(colors)], SIZES[(turn + turn // len(colors)) % 2]
+        is_placed = scene.relation is not None if others else scene.position in places
+        if is_placed and (first.color, first.size) == (color, size):
+            scene = replace(scene, things=(replace(first, shape=SHAPE), *others))
+            yield scene, caption(scene, rng)
+            turn += 1
+
+
+def taught_scenes() -> Iterator[tuple[Scene, Caption]]:
+    """Alone and in company, in turn."""
+    rng = np.random.default_rng(TEXT_SEED)
+    alone, company = concepts(rng, *TAUGHT), concepts(rng, *TAUGHT, things=2)
+    while True:
+        yield next(alone)
+        yield next(company)
 
 
 def pictures(folder: Path, count: int = 12) -> Path:
     """The training set: PNG files with their captions beside them."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for i, (scene, told) in zip(range(count), concepts(np.random.default_rng(TEXT_SEED), *TAUGHT), strict=False):
+    for i, (scene, told) in zip(range(count), taught_scenes(), strict=False):
         Image.fromarray(render(scene, 256)).save(folder / f"{i:02}.png")
         (folder / f"{i:02}.txt").write_text(told.text + "\n")
     return folder

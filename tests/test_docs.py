@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests import standins
 from tests.hub_cache import IDS
 
 import floyd
+from floyd.models.unet import UNet2DConditionModel
 from floyd.pipelines.base import DiffusionPipeline
 
 ROOT = Path(__file__).parent.parent
@@ -160,3 +162,32 @@ def test_the_tables_of_timesteps_are_all_named() -> None:
 
     rows = _rows("speed.md", "| stage | tables |")
     assert {name for _, names in rows for name in re.findall(r"`(\w+)`", names)} == set(TABLES)
+
+
+def test_the_table_of_trainings_memory_is_counted_from_the_networks() -> None:
+    """Bytes of each weight: 2 where it is frozen in bfloat16; 16 with its gradient and AdamW's moments, 10 with theirs
+    of a byte each; 4 for its running mean."""
+    from floyd.adapters.factors import layer_shapes
+    from floyd.models.configs import PRESETS
+    from floyd.training.lora import TARGETS
+
+    width, inner, layers, vocabulary = 4096, 10240, 24, 32128  # T5 v1.1 XXL, 64 heads of 64
+    t5 = vocabulary * width + layers * (4 * width**2 + 3 * width * inner + 2 * width) + 32 * 64 + width
+    have = {"T5, before anything is trained": [_billions(t5), *[_gigabytes(2 * t5)] * 3, ""]}
+    for name in ("IF-I-XL", "IF-I-L", "IF-I-M", "IF-II-L", "IF-II-M"):
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(**PRESETS[name])
+        count = sum(p.numel() for p in unet.parameters())
+        shapes = [shape for path, shape in layer_shapes(unet) if path.endswith(TARGETS)]
+        lora = sum(8 * (shape.inputs + shape.outputs) for shape in shapes)
+        have[name] = [_billions(count), *map(_gigabytes, (2 * count + 16 * lora, 16 * count, 10 * count, 4 * count))]
+    rows = _rows("training.md", "| | parameters | LoRA, rank 8, bfloat16 |")
+    assert {row[0]: row[1:] for row in rows} == have
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.{1 if count > 2e9 else 2}f} B"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f}"

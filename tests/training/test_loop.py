@@ -234,3 +234,22 @@ def test_moments_of_eight_bits_are_bitsandbytes_own(tmp_path: Path, monkeypatch:
     before = one.model[0].weight.detach().clone()  # type: ignore[index]
     list(one.run(until=1))
     assert not torch.equal(one.model[0].weight, before)  # type: ignore[index]
+
+
+def test_bitsandbytes_keeps_moments_of_a_byte_through_a_stop(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+
+    def wide() -> nn.Module:  # smaller tensors than 4096 numbers keep float32
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 2048), nn.GELU(), nn.Linear(2048, 4))
+
+    config = replace(CONFIG, optimizer="adamw8bit", precision="fp32")
+    whole = Trainer(wide(), loss_of, config, tmp_path / "whole")
+    list(whole.run())
+    list(Trainer(wide(), loss_of, config, tmp_path / "parts").run(until=5))
+    resumed = Trainer(wide(), loss_of, config, tmp_path / "parts")
+    list(resumed.run())
+    dtypes = {state["state1"].dtype for state in resumed.optimizers[0].state.values()}
+    assert torch.uint8 in dtypes
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -26,7 +26,7 @@ def check_network(unet: nn.Module) -> None:
         if not is_ours and type(module) not in (*_LEAVES, *_ACTS, nn.ModuleList):
             raise EngineError(
                 f"Layer {name or 'unet'} is a {type(module).__module__}.{type(module).__name__}, which engines do not "
-                "know. LoRA has to be fused or unloaded first, and quantized networks run without an engine."
+                "know. LoRA has to be fused and then unloaded first, and quantized networks run without an engine."
             )
         if module._forward_hooks or module._forward_pre_hooks:
             raise EngineError(f"Layer {name or 'unet'} has forward hooks, which an engine would not call: remove them.")

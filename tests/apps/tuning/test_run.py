@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,18 @@ def _without_captions(data: Path, tmp_path: Path) -> Path:
     for path in data.glob("*.png"):
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
+
+
+def test_shards_teach_what_a_folder_of_the_same_pictures_teaches(
+    told: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    paths = sorted(data.iterdir())
+    for name, part in (("set-0.tar", paths[:6]), ("set-1.tar", paths[6:])):
+        with tarfile.open(tmp_path / name, "w") as shard:
+            for path in part:
+                shard.add(path, path.name)
+    from_shards = {**told, "data": str(tmp_path / "set-{0..1}.tar"), "out": str(tmp_path / "sharded")}
+    assert_equal(weights(TuneConfig.of(**told)), weights(TuneConfig.of(**from_shards)))
 
 
 def test_a_run_that_was_killed_ends_as_one_that_was_not(told: dict[str, Any], tmp_path: Path) -> None:
