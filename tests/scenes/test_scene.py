@@ -20,7 +20,6 @@ from floyd.scenes.scene import (
     Scene,
     Thing,
     color_255,
-    color_unit,
     position_of,
     relation_between,
     sample_scene,
@@ -110,11 +109,6 @@ def test_all_colors_are_well_separated():
     names = list(RGB)
     distances = [np.linalg.norm(color_255(one) - color_255(other)) for one in names for other in names if one < other]
     assert min(distances) > 90
-
-
-def test_unit_colors_fill_the_models_range():
-    assert color_unit("white") == pytest.approx(np.full(3, 250 / 127.5 - 1))
-    assert color_unit("red").dtype == np.float32
 
 
 def test_one_seed_gives_one_scene():

@@ -141,11 +141,6 @@ def color_255(name: str) -> Color:
     return np.asarray(RGB[name], np.float32)
 
 
-def color_unit(name: str) -> Color:
-    """The colour on the scale [-1, 1] that the models use, float32."""
-    return color_255(name) / np.float32(127.5) - np.float32(1)
-
-
 def position_of(x: float, y: float) -> str:
     """The ninth of the picture that holds the point."""
     column, row = (min(max(int(3 * value), 0), 2) for value in (x, y))
