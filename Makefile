@@ -11,11 +11,11 @@ INSTALL := $(PY) -m pip install --quiet --quiet --disable-pip-version-check --co
 PROMPT := a large red circle above a small blue square on a white background
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format bench bench-all clean
 .DELETE_ON_ERROR:
 
 help:  ## what can be made
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s  %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s  %s\n", $$1, $$2}'
 
 install: $(VENV)/.floyd  ## the package and its command, into $(VENV)
 
@@ -34,10 +34,16 @@ format: $(VENV)/.lint  ## ruff, mending what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# What fills the CPU's tables of docs/speed.md, in less than 20 minutes on two cores; the others take hours or a GPU.
+SPEED := cpu cascade batches start parity command
+bench: $(VENV)/.test  ## floyd's speed on the CPU beside the incumbent's, into benchmarks/results/
+	@set -e; for name in $(SPEED); do echo "== bench_$$name"; $(PY) benchmarks/bench_$$name.py; done
+	$(PY) benchmarks/ladder.py
+	$(PY) benchmarks/tables.py
+
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
-bench: $(VENV)/.test  ## every benchmarks/bench_*.py, side by side with the incumbent
-	@test -n "$(BENCHMARKS)" || { echo "benchmarks/ holds no bench_*.py" >&2; exit 1; }
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(PY) $$script; done
+bench-all: $(VENV)/.test  ## every benchmarks/bench_*.py, in hours
+	@set -e; for script in $(filter-out %gpu.py %gpu_memory.py,$(BENCHMARKS)); do echo "== $$script"; $(PY) $$script; done
 
 clean:  ## remove the environment and everything made
 	rm -rf $(VENV) build dist demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis

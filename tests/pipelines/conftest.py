@@ -11,6 +11,7 @@ from PIL import Image
 from tests import tiny
 
 from floyd.pipelines.base import DiffusionPipeline
+from floyd.runtime.switches import Switches
 
 
 @pytest.fixture(scope="session")
@@ -39,13 +40,16 @@ def loaded(folders: dict[str, Path]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def ours(loaded: dict[str, Any]) -> dict[str, Any]:
-    """Ours, from the same files; each test gets its own pipelines over shared components."""
+def ours(loaded: dict[str, Any], pytestconfig: pytest.Config) -> dict[str, Any]:
+    """Ours, from the same files; each test gets its own pipelines over shared components. `--switches` sets theirs."""
     pipelines = {}
     for name, pipeline in loaded.items():
         values = {value: pipeline.config[value] for value in pipeline.value_names}
         pipelines[name] = type(pipeline)(**pipeline.components, **values)
         pipelines[name].set_progress_bar_config(disable=True)
+        if (switch := pytestconfig.getoption("--switches")) is not None:
+            whole = {"off": Switches.off(), "on": Switches.on()}
+            pipelines[name].switches = whole.get(switch) or Switches(**{"read_once": True, switch: True})
     return pipelines
 
 

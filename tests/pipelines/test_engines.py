@@ -11,6 +11,7 @@ from tests import tiny
 
 from floyd.engines.native import kernels
 from floyd.errors import EngineError
+from floyd.pipelines.cascade import Cascade
 from floyd.pipelines.deepfloyd_if import IFImg2ImgPipeline
 
 
@@ -99,3 +100,30 @@ def test_a_refused_engine_changes_nothing(ours: dict[str, Any]) -> None:
     finally:
         handle.remove()
     assert torch.equal(pipe(**call("one")).images, expected)
+
+
+def test_the_upscalers_vae_is_decoded_by_the_engine_too(ours: dict[str, Any]) -> None:
+    pipe = ours["three"]
+    expected = pipe(**call("three")).images
+    decoder = pipe.vae.decoder
+    pipe.use_engine("winograd")
+    try:
+        decoder.forward = None  # whoever asks the decoder itself fails
+        got = pipe(**call("three")).images
+    finally:
+        del decoder.forward
+    torch.testing.assert_close(got, expected, atol=2e-3, rtol=0)
+    pipe.use_engine(None)
+    torch.testing.assert_close(pipe(**call("three")).images, expected, atol=0, rtol=0)
+
+
+def test_a_cascade_is_run_by_an_engine_in_all_stages_or_in_none(ours: dict[str, Any]) -> None:
+    cascade = Cascade(*ours.values())
+    cascade.use_engine("winograd")
+    assert all(stage._engine is not None for stage in cascade.stages.values())
+    cascade.use_engine(None)
+    heavy = copy.deepcopy(ours["three"].unet).bfloat16()
+    cascade.stages["stage_3"].unet = heavy
+    with pytest.raises(EngineError):
+        cascade.use_engine("winograd")
+    assert all(stage._engine is None for stage in cascade.stages.values())

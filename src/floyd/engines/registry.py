@@ -34,3 +34,11 @@ def prepared(name: str, unet: nn.Module, **options: Any) -> Engine:
         raise ValueError(f"engine must be one of {', '.join(map(repr, _HOMES))}, got {name!r}.")
     make: Callable[..., Engine] = import_module(_HOMES[name]).prepared
     return make(unet, **options)
+
+
+def prepared_decoder(name: str, vae: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What that engine has for a VAE's decoder: "openvino" has nothing. EngineError: as above."""
+    if name != "winograd":
+        return None
+    made: Callable[[Tensor], Tensor] = import_module("floyd.engines.decoder").prepared(vae)
+    return made

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -189,18 +189,22 @@ class AutoencoderKL(Model):
         distribution = DiagonalGaussian(self.quant_conv(self.encoder(x_BCHW)))
         return AutoencoderKLOutput(distribution) if return_dict else (distribution,)
 
-    def decode(self, z_BZhw: Tensor, *, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+    def decode(
+        self, z_BZhw: Tensor, *, return_dict: bool = True, by: Callable[[Tensor], Tensor] | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """`by`: what decodes in the decoder's stead, slices and tiles as it is handed them."""
         self._check(z_BZhw, "latents", self.config.latent_channels, multiple=1)
+        decoded = partial(self._decoded, by=by or self._decoded_whole)
         if self.is_sliced and len(z_BZhw) > 1:
-            x_BCHW = torch.cat([self._decoded(z_1Zhw) for z_1Zhw in z_BZhw.split(1)])
+            x_BCHW = torch.cat([decoded(z_1Zhw) for z_1Zhw in z_BZhw.split(1)])
         else:
-            x_BCHW = self._decoded(z_BZhw)
+            x_BCHW = decoded(z_BZhw)
         return DecoderOutput(x_BCHW) if return_dict else (x_BCHW,)
 
-    def _decoded(self, z_BZhw: Tensor) -> Tensor:
+    def _decoded(self, z_BZhw: Tensor, *, by: Callable[[Tensor], Tensor]) -> Tensor:
         if self.tile_side is None or max(z_BZhw.shape[-2:]) <= self.tile_side:
-            return self._decoded_whole(z_BZhw)
-        return tiled(self._decoded_whole, z_BZhw, side=self.tile_side, factor=self.compression)
+            return by(z_BZhw)
+        return tiled(by, z_BZhw, side=self.tile_side, factor=self.compression)
 
     def _decoded_whole(self, z_BZhw: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z_BZhw))

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 
-from floyd.errors import ConfigError
+from floyd.errors import ConfigError, EngineError
 from floyd.pipelines.deepfloyd_if import IFPipeline, IFSuperResolutionPipeline
 from floyd.pipelines.events import CascadeResult, Done, Event, StageDone, StageStarted, StepDone
 from floyd.pipelines.gathering import gathered
@@ -138,6 +138,17 @@ class Cascade:
         for stage in self.stages.values():
             stage.to(*args, **kwargs)
         return self
+
+    def use_engine(self, engine: str | None, **options: Any) -> None:
+        """From now on run the networks of all stages by another engine: see `IFPipeline.use_engine`."""
+        before = {name: stage._engine for name, stage in self.stages.items()}
+        try:
+            for stage in self.stages.values():
+                stage.use_engine(engine, **options)
+        except EngineError:
+            for name, stage in self.stages.items():
+                stage._engine = before[name]
+            raise
 
     def unload(self) -> None:
         """Let go of the memory of all networks: see `DiffusionPipeline.unload`. The next call reads them again."""

@@ -19,6 +19,7 @@ from torch import Generator, Tensor
 from floyd.adapters.attached import heeds_calls
 from floyd.adapters.calls import call_scale
 from floyd.diffusion.canvas import Canvas
+from floyd.engines.registry import engine_names, prepared_decoder
 from floyd.models.vae import AutoencoderKL
 from floyd.pipelines.apart import steady
 from floyd.pipelines.finish import Finished
@@ -75,6 +76,7 @@ class StableDiffusionUpscalePipeline(Painter):
     text_encoder: Any
     tokenizer: Any
     low_res_scheduler: Any
+    _decoder: tuple[Any, ...] = ()  # an engine's name, a VAE, and what the engine has for it
 
     def __init__(
         self,
@@ -216,6 +218,17 @@ class StableDiffusionUpscalePipeline(Painter):
             self.vae.is_sliced = True
             self.vae.tile_side = min(self.vae.tile_side or 128, 128)
 
+    def use_engine(self, engine: str | None, **options: Any) -> None:
+        """From now on run the UNet's steps, and with "winograd" the VAE's decoder, by another engine; None: by neither.
+
+        EngineError: the engine cannot run here, or not these networks, and nothing has changed.
+        """
+        decoder: tuple[Any, ...] = ()
+        if engine is not None and engine in engine_names() and isinstance(self.vae, AutoencoderKL):
+            decoder = (engine, self.vae, prepared_decoder(engine, self.vae))
+        super().use_engine(engine, **options)
+        self._decoder = decoder
+
     @torch.no_grad()
     def decode(self, x_BZhw: Tensor) -> Tensor:
         """Latents to pixels, [-1, 1] and a little beyond. A VAE that overflows in float16 works in float32."""
@@ -227,8 +240,18 @@ class StableDiffusionUpscalePipeline(Painter):
         with part_of(self, "vae", count=1), self._placement.use(vae) as ready:
             z_BZhw = (x_BZhw / SCALING_FACTOR).to(self._placement.device_of(ready), dtype_of(ready))
             decoding(ready, z_BZhw)
-            x_BCHW: Tensor = ready.decode(z_BZhw).sample
+            by = self._decoder_of(ready)
+            x_BCHW: Tensor = (ready.decode(z_BZhw) if by is None else ready.decode(z_BZhw, by=by)).sample
         return x_BCHW.float()
+
+    def _decoder_of(self, vae: Any) -> Any:
+        """What the engine that runs the UNet has for the VAE; None: the VAE decodes itself."""
+        if self._engine is None or not isinstance(vae, AutoencoderKL):
+            return None
+        engine = self._engine[0]
+        if self._decoder[:2] != (engine, vae):
+            self._decoder = (engine, vae, prepared_decoder(engine, vae))
+        return self._decoder[2]
 
     def _task(self, arguments: Mapping[str, Any]) -> Task:
         self._need("vae", "low_res_scheduler")

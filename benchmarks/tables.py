@@ -1,0 +1,107 @@
+"""The tables of docs/speed.md, from results/*.json, so that the page and the results cannot differ.
+
+    python benchmarks/tables.py [--write]
+
+A table stands between `<!-- name -->` and `<!-- /name -->`; `--write` puts the newest there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
+RESULTS = Path(__file__).parent / "results"
+WAYS = ("diffusers", "diffusers compiled", "floyd", "floyd winograd", "floyd openvino")
+WORKS = {
+    "mini": "built-in stage I, guided, 20 steps, float32",
+    "if-i-m": "one guided step of IF-I-M's size, float32",
+    "if-i-m bf16": "the same in bfloat16",
+}
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def grid(head: list[str], rows: list[list[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+
+
+def ratio(row: dict[str, Any] | None, key: str = "ratio") -> str:
+    return "" if row is None or key not in row else f"{row[key]:.2f}"
+
+
+def cpu() -> str:
+    """How many times as fast as diffusers; what is behind a slash is beside diffusers with torch.compile."""
+    figures = read("cpu")["figures"]
+    rows = []
+    for what, words in WORKS.items():
+        if what not in figures:
+            continue
+        own = figures[what]["rows"]
+        cells = [f"{1e3 * own['diffusers']['median']:.0f} ms"]
+        for way in WAYS[1:]:
+            beside = ratio(own.get(way), "ratio_compiled")
+            cells.append(ratio(own.get(way)) + (f" / {beside}" if beside and way.startswith("floyd") else ""))
+        rows.append([words, *cells])
+    return grid(["", *WAYS], rows)
+
+
+def cascade() -> str:
+    own = read("cascade")["figures"]["rows"]
+    parts = list(own["diffusers"]["parts"])
+    rows = [
+        [way, f"{row['median']:.1f} s", ratio(row), *(f"{row['parts'][part]:.1f} s" for part in parts)]
+        for way, row in own.items()
+    ]
+    return grid(["", "whole", "ratio", *parts], rows)
+
+
+def batches() -> str:
+    own = read("batches")["figures"]["rows"]
+    counts = list(own["diffusers"])
+    rows = [
+        [way, *(f"{row[n]['pictures_per_s']:.2f}" for n in counts), *(f"{row[n]['cost']:.1f}" for n in counts[1:])]
+        for way, row in own.items()
+    ]
+    return grid(["", *(f"{n} at once" for n in counts), *(f"cost of {n}" for n in counts[1:])], rows)
+
+
+def start() -> str:
+    own = read("start")["figures"]
+    rows = [[name, f"{row['median']:.2f} s", ratio(row), ratio(row, "ratio_cpu")] for name, row in own.items()]
+    return grid(["", "whole process", "ratio", "of processor time"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"cpu": cpu, "cascade": cascade, "batches": batches, "start": start}
+
+
+def measured() -> dict[str, Callable[[], str]]:
+    return {name: table for name, table in TABLES.items() if (RESULTS / f"{name}.json").exists()}
+
+
+def written(page: str) -> str:
+    for name, table in measured().items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, found, rest = page.partition(begin)
+        if found:
+            page = before + begin + table() + "\n" + rest[rest.index(end) :]
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true")
+    if parser.parse_args().write:
+        PAGE.write_text(written(PAGE.read_text()))
+    for name, table in measured().items():
+        print(f"{name}\n\n{table()}\n")
+
+
+if __name__ == "__main__":
+    main()
