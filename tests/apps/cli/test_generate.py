@@ -126,6 +126,22 @@ def test_a_quality_is_kept_in_the_file_and_makes_the_picture_again(
     assert not np.array_equal(pixels(tmp_path / "picture.png"), pixels(tmp_path / "other.png"))
 
 
+def test_an_engine_paints_the_same_picture_and_fewer_bits_another(folder: Path, tmp_path: Path) -> None:
+    """Nothing is replaced here. The file names them."""
+
+    def drawn(name: str, *arguments: str) -> np.ndarray:
+        told = ["-o", str(tmp_path / name), "--model", str(folder), "--device", "cpu", "--size", "96", *arguments]
+        result = CliRunner().invoke(app, ["generate", PROMPT, *told])
+        assert result.exit_code == 0, result.stderr
+        return pixels(tmp_path / name).astype(int)
+
+    plain = drawn("plain.png")
+    assert np.abs(drawn("engine.png", "--engine", "winograd") - plain).max() <= 1
+    assert np.abs(drawn("coarse.png", "--quantization", "int4") - plain).max() > 1
+    assert read_info(tmp_path / "engine.png")["engine"] == "winograd"
+    assert read_info(tmp_path / "coarse.png")["quantization"] == "int4"
+
+
 def test_all_stages_before_the_last_are_kept(generate: Callable[..., Result], cascade: Cascade, tmp_path: Path) -> None:
     assert generate("--stages-dir", str(tmp_path)).exit_code == 0
     assert names(tmp_path) == ["picture-48.png", "picture-96.png", "picture.png"]
@@ -285,6 +301,9 @@ def test_an_empty_prompt_is_refused(generate: Callable[..., Result], tmp_path: P
         (["--model", "{folder}", "--device", "toaster"], "toaster"),
         (["--model", "{folder}", "--device", "cuda:99"], "cannot compute on 'cuda:99'"),
         (["--model", "{folder}", "--threads", "0"], "--threads"),
+        (["--model", "{folder}", "--engine", "turbo"], "--engine must be one of winograd, openvino, got 'turbo'"),
+        (["--model", "{folder}", "--engine", "winograd", "--dtype", "bfloat16"], "float32"),
+        (["--model", "{folder}", "--quantization", "int3"], "int3"),
         (["--model", "a", "--model", "b", "--model", "c", "--model", "d"], "got 4"),
     ],
 )

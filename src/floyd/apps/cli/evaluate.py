@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from floyd.apps.cli.generate import Guide, GuideInterval, QualityName, Steps
-from floyd.apps.cli.models import Device, Dtype, Models, Quantization, Quiet, Threads, Variant, hash_of, load, name_of
+from floyd.apps.cli.models import (
+    Device,
+    Dtype,
+    EngineName,
+    Models,
+    Quantization,
+    Quiet,
+    Threads,
+    Variant,
+    hash_of,
+    load,
+    name_of,
+)
 from floyd.apps.cli.progress import progress
 from floyd.apps.cli.refusals import refusing
 from floyd.apps.settings import Settings
@@ -70,6 +82,7 @@ def evaluate(
     pictures: Pictures = None,
     dtype: Dtype = None,
     quantization: Quantization = None,
+    engine: EngineName = None,
     device: Device = "auto",
     threads: Threads = None,
     quiet: Quiet = False,
@@ -84,7 +97,7 @@ def evaluate(
         wanted = parsed_sizes(sizes)
         check_paths(json_file, pictures)
         places: dict[str, Any] = {"variant": variant, "dtype": dtype, "device": device, "threads": threads}
-        cascade = load(model, quantization=quantization, quality=quality, **places)
+        cascade = load(model, quantization=quantization, engine=engine, quality=quality, **places)
 
         from floyd.apps.evaluate import CascadePainter, Painter, RenderedFirst, check_sizes, prompts, report
         from floyd.apps.evaluate import evaluate as answered
@@ -103,7 +116,7 @@ def evaluate(
             "model": name_of(model), "model_hash": hash_of(model), "variant": variant, "prompts": num_prompts,
             "seed": seed, "rendered": rendered, "quality": quality, "steps": steps, "guidance": guidance,
             "guidance_interval": guidance_interval,
-            "quantization": quantization,
+            "quantization": quantization, "engine": engine,
         }  # fmt: skip
         json_file.write_text(json.dumps({**origin, **result.to_json()}, indent=2) + "\n")
     if pictures is not None:

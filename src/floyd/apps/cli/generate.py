@@ -14,7 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from floyd.apps.cli.models import Device, Dtype, Models, Quiet, Ram, Threads, Variant, Vram, hash_of, load, name_of
+from floyd.apps.cli.models import (
+    Device,
+    Dtype,
+    EngineName,
+    Models,
+    Quantization,
+    Quiet,
+    Ram,
+    Threads,
+    Variant,
+    Vram,
+    hash_of,
+    load,
+    name_of,
+)
 from floyd.apps.cli.progress import Bars, progress
 from floyd.apps.cli.refusals import refusing
 from floyd.apps.settings import Settings, said
@@ -116,6 +130,8 @@ def generate(
     model: Models = None,
     variant: Variant = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
+    engine: EngineName = None,
     device: Device = "auto",
     vram: Vram = None,
     ram: Ram = None,
@@ -142,6 +158,8 @@ def generate(
             device=device,
             threads=threads,
             quality=quality,
+            quantization=quantization,
+            engine=engine,
             vram=vram,
             ram=ram,
             size=wanted,
@@ -167,6 +185,8 @@ def generate(
         "model_hash": hash_of(model),
         **({} if variant is None else {"variant": variant}),
         **({} if quality is None else {"quality": quality}),
+        **({} if quantization is None else {"quantization": quantization}),
+        **({} if engine is None else {"engine": engine}),
         "dtype": str(cascade.stages["stage_1"].dtype).removeprefix("torch."),
         "device": cascade.stages["stage_1"].device.type,
     }

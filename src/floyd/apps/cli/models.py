@@ -38,6 +38,15 @@ Quantization = Annotated[
         help="Keep the weights of text encoders and UNets in fewer bits: int8, fp8 or int4.", show_default="no"
     ),
 ]
+EngineName = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        metavar="winograd|openvino",
+        help="What runs the networks on a CPU in torch's place. winograd needs a C++ compiler, once.",
+        show_default="torch",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps, cuda:1; auto takes the best there is.")]
 Vram = Annotated[
     str | None,
@@ -65,6 +74,7 @@ def load(
     variant: str | None = None,
     quality: str | None = None,
     quantization: str | None = None,
+    engine: str | None = None,
     vram: str | None = None,
     ram: str | None = None,
     size: int | tuple[int, int] | None = None,
@@ -72,6 +82,7 @@ def load(
 ) -> Cascade:
     """Takes seconds: torch and transformers are imported here. With `vram` or `ram` the networks are placed by a plan
     for `count` pictures of the `size`."""
+    from floyd.engines.registry import engine_names
     from floyd.pipelines.cascade import Cascade
     from floyd.pipelines.qualities import checked
     from floyd.pipelines.sizing import Workload
@@ -79,6 +90,8 @@ def load(
 
     if quality is not None:
         checked(quality)
+    if engine is not None and engine not in engine_names():
+        raise ValueError(f"--engine must be one of {', '.join(engine_names())}, got {engine!r}.")
     options: dict[str, Any] = {"torch_dtype": dtype, "quantization": quantization}
     if vram is not None or ram is not None:
         if device != "auto":
@@ -95,7 +108,11 @@ def load(
         cascade = Cascade.built_in(**options)
     else:
         cascade = Cascade.from_pretrained(*expanded(models), variant=variant, **options)
-    return cascade if quality is None else cascade.with_quality(checked(quality))
+    if quality is not None:
+        cascade = cascade.with_quality(checked(quality))
+    if engine is not None:
+        cascade.use_engine(engine)
+    return cascade
 
 
 def prepare(threads: int | None) -> None:
