@@ -175,6 +175,26 @@ def test_only_one_weight_at_a_time_is_in_memory_in_full(
     assert max(most) <= kept + 2, "the next is read before the name of the last one is given up"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_cast_is_let_go_before_the_next_weight_is_looked_at(
+    unet: UNet2DConditionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """A mapped file's pages count as long as somebody holds them; where nothing is cast they are the weights."""
+    mapped, alive, most = lazy.Lying.mapped, weakref.WeakSet[torch.Tensor](), []
+
+    def watched(self: lazy.Lying) -> torch.Tensor:
+        tensor = mapped(self)
+        alive.add(tensor)
+        most.append(len(alive))
+        return tensor
+
+    monkeypatch.setattr(lazy.Lying, "mapped", watched)
+    model = UNet2DConditionModel.from_pretrained(tmp_path / "plain", torch_dtype=dtype)
+    assert max(most) <= 2 if dtype != torch.float32 else max(most) >= len(list(unet.parameters()))
+    for (name, ours), theirs in zip(model.named_parameters(), unet.parameters(), strict=True):
+        assert torch.equal(ours, theirs.to(dtype)), name
+
+
 _LOAD = """
 import sys
 from pathlib import Path
@@ -187,7 +207,7 @@ def status(key):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 torch.set_num_threads(1)
-folder, dtype, quantization = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3]
+folder, dtype, quantization = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3] or None
 load = lambda folder: load_component(folder, "text_encoder", "transformers", "T5EncoderModel",
                                      torch_dtype=dtype, quantization=quantization)
 load(folder + "/small")  # whatever is imported and kept on the way
@@ -200,9 +220,9 @@ print(status("VmHWM") - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is told by Linux alone")
-@pytest.mark.parametrize("name", ["int8"])
-def test_the_whole_network_is_never_in_memory_while_it_is_quantized(tmp_path: Path, name: str) -> None:
-    """Half-precision files of 200 MB: what loading takes at its peak, against what they would take."""
+@pytest.mark.parametrize("name", ["int8", None])
+def test_what_is_loaded_is_in_memory_once_however_it_is_kept(tmp_path: Path, name: str | None) -> None:
+    """Half-precision files of 200 MB, quantized or cast: what loading takes at its peak, pages of files included."""
     from transformers import T5Config, T5EncoderModel
 
     for size, layers in (("small", 1), ("large", 10)):
@@ -222,8 +242,8 @@ def test_the_whole_network_is_never_in_memory_while_it_is_quantized(tmp_path: Pa
         weights.write(state, folder, base="model", max_shard_size="50MB")
     full = sum(tensor.nbytes for tensor in state.values())
     assert full > 200e6
-    command = [sys.executable, "-c", _LOAD, str(tmp_path), "bfloat16", name]
+    command = [sys.executable, "-c", _LOAD, str(tmp_path), "bfloat16", name or ""]
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     few = nbytes(load_component(tmp_path / "large", *T5, torch_dtype=torch.bfloat16, quantization=name))
     assert few / 2 < peak < few + 30e6, "one tensor on top, and what the work on it needs"
-    assert peak < 0.7 * full
+    assert peak < 0.7 * full if name else peak < 1.1 * full

@@ -23,8 +23,9 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-def test_every_kind_of_tensor_is_read(file: Path) -> None:
-    ours, theirs = lazy.of_files([file]), weights.read_file(file)
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_every_kind_of_tensor_is_read(file: Path, is_mapped: bool) -> None:
+    ours, theirs = lazy.of_files([file], is_mapped=is_mapped), weights.read_file(file)
     assert set(ours) == set(theirs)
     for key, tensor in theirs.items():
         assert (ours[key].dtype, ours[key].shape) == (tensor.dtype, tensor.shape)
@@ -32,8 +33,9 @@ def test_every_kind_of_tensor_is_read(file: Path) -> None:
         assert (ours.lying[key].shape, ours.lying[key].nbytes) == (tuple(tensor.shape), tensor.nbytes)
 
 
-def test_what_was_read_belongs_to_who_read_it(file: Path) -> None:
-    state = lazy.of_files([file])
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_what_was_read_belongs_to_who_read_it(file: Path, is_mapped: bool) -> None:
+    state = lazy.of_files([file], is_mapped=is_mapped)
     state["torch.float32"].zero_()
     assert state["torch.float32"].any()
     file.unlink()

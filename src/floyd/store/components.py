@@ -136,23 +136,25 @@ def _load_transformer(
 ) -> Any:
     """A text encoder, from our own reading of the files, which knows every order of their names.
 
-    transformers places the weights: it ties the embedding, renames old keys and keeps T5's `wo` in float32 under
-    float16. It would draw missing weights at random; here they are an error.
+    T5 is filled one weight after the other, so that it is in memory once, whatever is cast. transformers places the
+    others': it renames old keys. It would draw missing weights at random; here they are an error.
     """
     try:
         config = cls.config_class.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} has no readable config.json: {error}") from error
     kept = quantization_for(read_json(path / "config.json"), quantization, path)
-    if kept is not None and (kept.is_stored or cls.__name__ == "T5EncoderModel"):
-        state = lazy.opened(path, variant=variant, use_safetensors=use_safetensors)
-        state = T5State(state) if cls.__name__ == "T5EncoderModel" else state
-        return built(cls, config, state, dtype, place=str(path), quantization=kept)
-    state = weights.read(path, variant=variant, use_safetensors=use_safetensors)
-    if integers := [key for key, w in state.items() if w.dtype in {torch.int8, torch.uint8} or key.endswith(".SCB")]:
+    is_t5 = cls.__name__ == "T5EncoderModel"
+    is_ours = is_t5 or (kept is not None and kept.is_stored)
+    files: dict[str, Any] = {"variant": variant, "use_safetensors": use_safetensors}
+    state = lazy.opened(path, **files, is_mapped=kept is None) if is_ours else weights.read(path, **files)
+    if (kept is None or not is_ours) and (packed := _packed(state)):
         raise CheckpointError(
-            f"{path} is quantized ({some(integers)}): load the plain or fp16 weights and quantize those."
+            f"{path} is quantized ({some(packed)}): load the plain or fp16 weights and quantize those."
         )
+    if is_ours:
+        state = T5State(state) if is_t5 else state
+        return built(cls, config, state, dtype, place=str(path), quantization=kept)
     try:
         options = {"config": config, "state_dict": state, "dtype": dtype, "output_loading_info": True}
         model, report = cls.from_pretrained(None, **options)
@@ -163,6 +165,13 @@ def _load_transformer(
             named = some({str(key) for key in keys})
             raise CheckpointError(f"{path} does not fit {cls.__name__}; {fault.partition('_')[0]}: {named}.")
     return model.eval() if quantization is None else quantizing().quantize(model.eval(), quantization)
+
+
+def _packed(state: Mapping[str, Tensor]) -> set[str]:
+    """The keys of weights that somebody else has quantized."""
+    lying = state.lying if isinstance(state, lazy.LazyState) else state
+    whole = {torch.int8, torch.uint8}
+    return {key for key, one in lying.items() if one.dtype in whole or key.endswith(".SCB")}
 
 
 def built(

@@ -102,7 +102,8 @@ def pour(
         tensor = state[key]
         own = layers[name].weight if name in layers and last == "weight" else wanted[key]
         if tensor.shape != own.shape:
-            raise CheckpointError(f"{place}: {key} is {tuple(tensor.shape)}, expected {tuple(own.shape)}.")
+            shapes = f"{key} is {tuple(tensor.shape)}, expected {tuple(own.shape)}"
+            raise CheckpointError(f"{place} holds weights of another shape than its config.json says: {shapes}.")
         if name in layers and last != "bias":
             _take(layers[name], last, _checked(tensor, key, None if last == "weight" else own.dtype, place))
         elif isinstance(own, nn.Parameter) and own.is_floating_point():

@@ -1,12 +1,13 @@
 """State dicts whose tensors are read when they are asked for, and owned by nobody but who asked.
 
-`weights.read` maps whole files into memory, which is quickest where all of it is kept. Where every tensor is changed on
-the way, or dropped again, this needs the memory of one of them.
+`weights.read` maps whole files into memory, and all that was looked at stays there as long as one of their tensors
+does. Where tensors are changed on the way, or dropped again, this needs the memory of one of them.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,18 @@ class Lying:
     def read(self) -> Tensor:
         return self._bytes(self.start, self.nbytes).view(self.dtype).view(self.shape)
 
+    def mapped(self) -> Tensor:
+        """Its bytes in the file itself, through a memory map of its own: the last who holds the tensor closes it."""
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=self.dtype)
+        before = self.start % mmap.ALLOCATIONGRANULARITY
+        with self.path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < self.start + self.nbytes:
+                raise CheckpointError(f"{self.path} is cut off: download it again.")
+            pages = mmap.mmap(file.fileno(), before + self.nbytes, access=mmap.ACCESS_COPY, offset=self.start - before)
+        content = torch.frombuffer(pages, dtype=torch.uint8, count=self.nbytes, offset=before)
+        return content.view(self.dtype).view(self.shape)
+
     def rows(self, numbers: Tensor) -> Tensor:
         """Some rows of a table, read one by one."""
         width = prod(self.shape[1:]) * self.dtype.itemsize
@@ -65,13 +78,14 @@ class Lying:
 
 
 class LazyState(Mapping[str, Tensor]):
-    """The tensors of safetensors files, in the order in which they lie."""
+    """The tensors of safetensors files, in the order in which they lie: read, or mapped into memory."""
 
-    def __init__(self, lying: Mapping[str, Lying]) -> None:
-        self.lying = dict(lying)
+    def __init__(self, lying: Mapping[str, Lying], *, is_mapped: bool = False) -> None:
+        self.lying, self.is_mapped = dict(lying), is_mapped
 
     def __getitem__(self, key: str) -> Tensor:
-        return self.lying[key].read()
+        lying = self.lying[key]
+        return lying.mapped() if self.is_mapped else lying.read()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.lying)
@@ -98,23 +112,27 @@ class Renamed(Mapping[str, Tensor]):
 
 
 def opened(
-    folder: str | os.PathLike[str], *, variant: str | None = None, use_safetensors: bool | None = None
+    folder: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    is_mapped: bool = False,
 ) -> Mapping[str, Tensor]:
     """The state dict in a component's folder, as `weights.read` finds it."""
     files = weights.files(Path(folder), variant=variant, use_safetensors=use_safetensors)
     if any(file.suffix != f".{SAFE}" for file in files):
         return weights.read(folder, variant=variant, use_safetensors=use_safetensors)
-    return of_files(files)
+    return of_files(files, is_mapped=is_mapped)
 
 
-def of_files(files: Sequence[Path]) -> LazyState:
+def of_files(files: Sequence[Path], *, is_mapped: bool = False) -> LazyState:
     lying: dict[str, Lying] = {}
     for file in files:
         part = header(file)
         if doubled := lying.keys() & part.keys():
             raise CheckpointError(f"{file} repeats {weights.some(doubled)} of the shards before it.")
         lying.update(part)
-    return LazyState(lying)
+    return LazyState(lying, is_mapped=is_mapped)
 
 
 def header(path: Path) -> dict[str, Lying]:

@@ -20,6 +20,7 @@ from floyd.store.config import Config
 from floyd.store.files import made, read_json, write_json
 from floyd.store.filling import KEY, fill, quantization_for, quantizing
 from floyd.store.layout import INDEX_NAME, floyd_version, read_index
+from floyd.store.lazy import Renamed
 from floyd.store.weights import some
 
 _DTYPES = {
@@ -169,11 +170,11 @@ class Model(Configured, nn.Module):
         config.pop(KEY, None)
         with parameters_on_meta():
             model = cls.from_config(config, **config_overrides)
+        files: dict[str, Any] = {"variant": variant, "use_safetensors": use_safetensors}
+        state = lazy.opened(folder, **files, is_mapped=kept is None)
         if kept is None:
-            state: Mapping[str, Tensor] = weights.read(folder, variant=variant, use_safetensors=use_safetensors)
             model._fill(cls.rename_keys(state), precision, str(folder))
         else:
-            state = lazy.opened(folder, variant=variant, use_safetensors=use_safetensors)
             fill(model, cls.rename_keys(state), dtype=precision, place=str(folder), quantization=kept)
         return model.eval()
 
@@ -197,10 +198,10 @@ class Model(Configured, nn.Module):
         )
 
     def _fill(self, state: Mapping[str, Tensor], dtype: torch.dtype, place: str) -> None:
-        """Take the weights as they are or cast; refuse a state dict that does not fit exactly."""
+        """Take the weights as they are or cast, one by one; refuse a state dict that does not fit exactly."""
         wanted = dict(self.state_dict())
         recomputed = {name for name, _ in self.named_buffers()} - wanted.keys()  # older files stored position_ids
-        state = {key: tensor for key, tensor in state.items() if key not in recomputed}
+        state = Renamed(state, {key: key for key in state if key not in recomputed})
         _check_fit(wanted, state, f"{place} does not fit {type(self).__name__}")
         parameters = {name for name, _ in self.named_parameters()}
         cast = {}
