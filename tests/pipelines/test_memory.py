@@ -32,6 +32,7 @@ from floyd.runtime.places import CARD_WORKSPACE
 from floyd.runtime.plan import plan
 from floyd.runtime.sleeping import is_asleep
 from floyd.runtime.streaming import Streamed
+from floyd.runtime.switches import Switches
 
 PROMPT, STEPS = "a red circle", 2
 
@@ -166,6 +167,22 @@ def test_a_budget_for_a_card_that_is_not_here_is_told(
 ) -> None:
     DiffusionPipeline.from_pretrained(folders["two"], memory=Budget(vram="8GB"))
     assert "no accelerator here, so a budget of VRAM has no effect" in caplog.text
+
+
+def test_where_memory_is_short_no_weights_are_laid_out_anew(models: list[Path], expected: np.ndarray) -> None:
+    cascade = Cascade.from_pretrained(*models, memory=Budget(vram=0, ram="8GB"))
+    assert cascade.memory is not None
+    stage = cascade.stages["stage_2"]
+    assert stage.switches == Switches.best_for("cpu")
+    plan = cascade.memory.plan
+    assert plan["stage_2.unet"].copied_bytes > 0
+    choices = tuple(replace(c, copies=c.part != "stage_2.unet") for c in plan.choices)
+    cascade.memory.plan = replace(plan, choices=choices)
+    assert stage.switches == Switches.best_for("cpu").without_copies()
+    assert cascade.stages["stage_1"].switches == Switches.best_for("cpu")
+    assert np.abs(painted(cascade) - expected).max() <= 1
+    stage.switches = Switches.on()
+    assert stage.switches == Switches.on()
 
 
 # ------------------------------------------------------------------------------------------------------------ unloaded

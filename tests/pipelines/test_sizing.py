@@ -8,14 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tests.models.test_costs import SMALL
 
 from floyd.models.configs import PRESETS
-from floyd.pipelines.known import KNOWN_IDS, known
-from floyd.pipelines.sizing import Sizing, Workload, described, of_folder
+from floyd.models.unet import UNet2DConditionModel
+from floyd.nn import convolution
+from floyd.nn.convolution import PackedConv, PackedDoubling, can_pack
+from floyd.pipelines.known import KNOWN_IDS, Described, known
+from floyd.pipelines.sizing import Sizing, Workload, _weights, described, of_folder
 from floyd.runtime.budget import Budget
 from floyd.runtime.machine import ANY_CARD, cpu
-from floyd.runtime.parts import Part, Precision
+from floyd.runtime.parts import MOST_PACKED_BYTES, Part, Precision
 from floyd.runtime.plan import Plan, plan
+from floyd.runtime.switches import Switches
+from floyd.store.headers import Stored
 
 LARGE = ("DeepFloyd/IF-I-XL-v1.0", "DeepFloyd/IF-II-L-v1.0", "stabilityai/stable-diffusion-x4-upscaler")
 CARDS_GB = (2, 3, 4, 6, 8, 10, 12, 16, 24, 40, 80)
@@ -106,6 +113,25 @@ def test_a_folder_says_itself_what_it_holds(folders: dict[str, Path], loaded: di
         assert sum(prod(tensor.shape) for tensor in one.tensors) == pytest.approx(
             sum(p.numel() for p in network.parameters()), abs=400
         )
+
+
+@pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="this torch lays no weights out anew")
+@pytest.mark.parametrize("name", ["stage I", "stage II", "stage III"])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_what_is_laid_out_anew_is_as_large_as_the_plan_says(name: str, on_cpu: bool) -> None:
+    network = UNet2DConditionModel(**SMALL[name]).eval()
+    tensors = tuple(Stored(key, tuple(p.shape), 2 * p.numel()) for key, p in network.named_parameters())
+    weights = tuple(_weights(Described("UNet2DConditionModel", SMALL[name], tensors), on_cpu=on_cpu))
+    part = Part("unet", weights, (Precision("float32"),), 1, ())
+    ready = network.ready(Switches.best_for("cpu" if on_cpu else "cuda"))
+    assert ready is not None
+    copies = [one.weight.nbytes for one in ready.projections if one is not None]
+    for layer in (*ready.resnets, *ready.convolutions):
+        for one in (layer, *vars(layer).values()):
+            if isinstance(one, PackedConv | PackedDoubling):
+                copies.append(one.weight.nbytes * (16 / 9 if isinstance(one, PackedDoubling) else 1))
+    assert part.copied_bytes(Precision("float32")) == pytest.approx(sum(copies), rel=1e-6)
+    assert MOST_PACKED_BYTES == convolution.MOST_PACKED_BYTES / 2
 
 
 def test_the_built_in_cascade_is_sized_with_its_own_presets() -> None:

@@ -145,6 +145,27 @@ def test_a_batch_is_cut_before_its_network_is_carried_too_often() -> None:
     assert made("4GB", parts=[part])["stage_1.unet"].way.rows == 1
 
 
+def test_weights_are_laid_out_anew_only_where_there_is_room_for_it() -> None:
+    part = replace(PARTS[1], precisions=(HALF,), weights=tuple(w._replace(copies=0.5) for w in PARTS[1].weights))
+    own = part.copied_bytes(HALF)
+    assert own == part.num_bytes(HALF) // 2
+    assert part.copied_bytes(PACKED) == 0
+    without = made("80GB", parts=[PARTS[1]])["stage_1.unet"].peak_bytes
+    for vram, copied in ((without + own, own), (without + own - 1, 0)):
+        plan = made(vram, parts=[part])
+        choice = plan["stage_1.unet"]
+        assert (choice.place, choice.copied_bytes, choice.copies) == ("card", copied, copied > 0)
+        assert plan.vram_peak == choice.peak_bytes == without + copied
+    least = plan_on_cpu(part, "64GB").ram_peak - own
+    assert plan_on_cpu(part, least + own).ram_peak == least + own
+    assert plan_on_cpu(part, least + own - 1).ram_peak == least
+    assert plan_on_cpu(part, least + own).busy_bytes("stage_1.unet") > own
+
+
+def plan_on_cpu(part: Part, ram: str | int) -> Plan:
+    return plan([part], Budget(vram=0, ram=ram), CPU)
+
+
 def test_a_later_call_with_more_pictures_is_cut_where_the_budget_ends() -> None:
     choice = made("6GB", parts=PARTS[1:2])["stage_1.unet"]
     peak = choice.peak_bytes + (choice.max_rows - 2) * 10**8

@@ -86,8 +86,12 @@ class Assembly:
 
     @property
     def switches(self) -> Switches:
-        """The ways of computing faster that are on. Set `Switches(...)`, or None for what is best for the device."""
-        return Switches.best_for(self.device) if self._switches is None else self._switches
+        """The ways of computing faster that are on. Set `Switches(...)`, or None for what is best for the device, and
+        for the memory where there is a plan of it."""
+        if self._switches is not None:
+            return self._switches
+        best = Switches.best_for(self.device)
+        return best if self.memory is None or self.memory.copies("unet") else best.without_copies()
 
     @switches.setter
     def switches(self, switches: Switches | None) -> None:

@@ -79,6 +79,11 @@ class Managed:
         choice = self.choice(component)
         return choice is not None and not choice.is_kept
 
+    def copies(self, component: str) -> bool:
+        """Whether there is room for its weights to be laid out anew for many steps."""
+        choice = self.choice(component)
+        return choice is None or choice.copies
+
     def home(self, component: str) -> torch.device:
         """Where a network lies between its uses."""
         choice = self.choice(component)
@@ -124,7 +129,7 @@ class Managed:
     def fetch(self, networks: Iterable[tuple[str, Any]], *, during: str) -> None:
         """Begin to read what comes next, if main memory has room for it beside what is at work."""
         current = self.whole.plan
-        busy = 0 if during not in current or current[during].is_kept else current[during].num_bytes
+        busy = current.busy_bytes(during) if during in current else 0
         kept = sum(c.num_bytes for c in current.choices if c.is_kept and c.place != "card")
         room = self.whole.budget.ram_bytes - current.base_bytes - kept - busy
         for name, network in networks:

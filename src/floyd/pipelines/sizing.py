@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil, prod
@@ -195,7 +195,7 @@ class Sizing:
         name = component if self.workload.is_one_stage else f"{stage}.{component}"
         return Part(
             name=name,
-            weights=tuple(_weights(one)),
+            weights=tuple(_weights(one, on_cpu=not self.machine.has_card)),
             precisions=self._precisions(name, component, one.class_name),
             passes=passes,
             ways=ways,
@@ -269,12 +269,26 @@ def _rows(cost: Cost, rows: int, at_once: int) -> Way:
     return Way(ceil(rows / at_once), rows * cost.flops, numbers, at_once)
 
 
-def _weights(one: Described) -> Iterator[Weight]:
-    is_t5 = one.class_name.startswith("T5")
+def _weights(one: Described, *, on_cpu: bool) -> Iterator[Weight]:
+    is_t5, is_unet = one.class_name.startswith("T5"), one.class_name == "UNet2DConditionModel"
     names = {tensor.name for tensor in one.tensors}
     for tensor in one.tensors:
         if tensor.name == "encoder.embed_tokens.weight" and "shared.weight" in names:
             continue  # the same table
         unit, _, last = tensor.name.rpartition(".")
         packs = last == "weight" and len(tensor.shape) in (2, 4) and not _KEPT_WHOLE.intersection(unit.split("."))
-        yield Weight(unit, tensor.shape, packs, is_t5 and ".wo." in tensor.name)
+        copies = _copies(unit, tensor.shape, names, on_cpu=on_cpu) if is_unet and last == "weight" else 0.0
+        yield Weight(unit, tensor.shape, packs, is_t5 and ".wo." in tensor.name, copies)
+
+
+def _copies(unit: str, shape: tuple[int, ...], names: Container[str], *, on_cpu: bool) -> float:
+    """What a UNet's switches lay out anew: on a CPU kernels of more than one tap, everywhere the queries, keys and
+    values of the pixels where one layer has all three."""
+    layer, _, last = unit.rpartition(".")
+    if len(shape) == 4 and shape[2:] != (1, 1):
+        doubles = ".upsamplers." in unit and last in ("conv", "conv1")
+        return 0.0 if not on_cpu else 16 / 9 if doubles else 1.0
+    joins = (
+        last in ("to_q", "to_k", "to_v") and f"{layer}.to_k.weight" in names and f"{layer}.add_k_proj.weight" in names
+    )
+    return float(joins)

@@ -32,6 +32,8 @@ class Choice:
     seconds: float
     why: str
     card: int = 0
+    copies: bool = True  # whether weights may be laid out anew for many steps, which is faster and takes memory
+    copied_bytes: int = 0  # what that takes, where it is done
 
     @property
     def streamed_bytes(self) -> int:
@@ -71,6 +73,12 @@ class Plan:
     @cached_property
     def _names(self) -> frozenset[str]:
         return frozenset(choice.part for choice in self.choices)
+
+    def busy_bytes(self, part: str) -> int:
+        """Main memory that a network takes for its work, beside those that are kept."""
+        choice = self[part]
+        own = choice.peak_bytes - self.base_bytes if choice.place == "cpu" else choice.num_bytes
+        return own - choice.num_bytes if choice.is_kept else own
 
     def __contains__(self, part: object) -> bool:
         return part in self._names

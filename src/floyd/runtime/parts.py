@@ -13,6 +13,7 @@ from math import prod
 from typing import NamedTuple
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+MOST_PACKED_BYTES = 2 << 30  # of a network's convolutions: more are not laid out anew
 _GROUP = 32  # weights that share a scale in 4 bits
 
 
@@ -47,6 +48,7 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
     is_quantizable: bool = True
     overflows: bool = False  # in float16, so that it stays in float32 there
+    copies: float = 0.0  # how much of it is there once more for as long as many steps are computed
 
     def num_bytes(self, precision: Precision) -> int:
         dtype, quantization = precision
@@ -101,6 +103,16 @@ class Part:
             return 0
         own = [prod(w.shape) for w in self.weights if w.is_quantizable and len(w.shape) > 1]
         return max(own, default=0) * ITEM_BYTES[precision.dtype]
+
+    def copied_bytes(self, precision: Precision) -> int:
+        """Of weights that are laid out anew for many steps; quantized ones are not."""
+        if precision.quantization is not None:
+            return 0
+        packed, joined = 0.0, 0.0
+        for weight in self.weights:
+            size = weight.copies * weight.num_bytes(precision)
+            packed, joined = (packed + size, joined) if len(weight.shape) == 4 else (packed, joined + size)
+        return int(min(packed, MOST_PACKED_BYTES) + joined)
 
     @cached_property
     def num_weights(self) -> int:

@@ -69,7 +69,7 @@ class Site:
             num_bytes=size,
             resident_bytes=size,
             room_bytes=size,
-            max_rows=self._rows(way, precision, self.ram - self.base - size - work),
+            max_rows=self.rows(way, precision, self.ram - self.base - size - work),
             is_kept=True,
             way=way,
             peak_bytes=self.base + size + work,
@@ -93,7 +93,7 @@ class Site:
             num_bytes=size,
             resident_bytes=size,
             room_bytes=size,
-            max_rows=self._rows(way, precision, self.vram - peak),
+            max_rows=self.rows(way, precision, self.vram - peak),
             is_kept=True,
             way=way,
             peak_bytes=peak,
@@ -124,7 +124,7 @@ class Site:
             num_bytes=size,
             resident_bytes=own,
             room_bytes=room,
-            max_rows=self._rows(way, precision, 0 if slot_bytes else room - size),
+            max_rows=self.rows(way, precision, 0 if slot_bytes else room - size),
             is_kept=True,
             way=way,
             peak_bytes=resident + working + (room if slot_bytes else size),
@@ -141,7 +141,7 @@ class Site:
         choice = replace(option.choice, is_kept=False, seconds=seconds, why=why)
         return Option(seconds, 0, option.passing_bytes + size, choice)
 
-    def _rows(self, way: Way, precision: Precision, left: int) -> int:
+    def rows(self, way: Way, precision: Precision, left: int) -> int:
         """As many as fit: those of the call, and more for a later one with more pictures."""
         rows = way.rows or 1
         more = max(0, left) / max(1.0, way.numbers / rows * ITEM_BYTES[precision.dtype])

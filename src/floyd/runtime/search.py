@@ -9,7 +9,7 @@ smaller one does, so that more memory is never slower.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from floyd.runtime.choices import Plan
@@ -50,6 +50,7 @@ class Search:
 
     def _plan(self, chosen: Sequence[Option]) -> Plan:
         kept = sum(option.kept_bytes for option in chosen)
+        chosen = [self._filled(part, one, kept) for part, one in zip(self.parts, chosen, strict=True)]
         ram_peak = self.site.base + kept + max(option.passing_bytes for option in chosen)
         peaks = (max(option.choice.peak_bytes for option in chosen),) if self.site.has_card else ()
         return Plan(
@@ -59,6 +60,27 @@ class Search:
             ram_peak=ram_peak,
             count=self.count,
         )
+
+    def _filled(self, part: Part, option: Option, kept: int) -> Option:
+        """What room is left beside a network is for its weights laid out anew, a gain of some percent, and for rows of
+        a later call. One that is streamed has taken it already."""
+        choice, is_carded = option.choice, self.site.has_card
+        if choice.place == "streamed":
+            return option
+        if is_carded:
+            room = self.site.vram - choice.peak_bytes
+        else:
+            room = self.site.ram - self.site.base - kept - option.passing_bytes
+        wanted = part.copied_bytes(choice.precision)
+        copied = wanted if wanted <= room else 0
+        choice = replace(
+            choice,
+            copies=copied == wanted,
+            copied_bytes=copied,
+            peak_bytes=choice.peak_bytes + copied,
+            max_rows=self.site.rows(choice.way, choice.precision, room - copied),
+        )
+        return option._replace(choice=choice, passing_bytes=option.passing_bytes + (0 if is_carded else copied))
 
     def _refusal(self) -> str:
         vram, ram = self.site.vram, self.site.ram

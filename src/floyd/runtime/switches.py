@@ -60,6 +60,10 @@ class Switches:
             return every
         return replace(every, rewrite_upsampling=False, channels_last=False, pack_convolutions=False)
 
+    def without_copies(self) -> Self:
+        """Of weights, which is for where memory is short."""
+        return replace(self, fuse_qkv=False, rewrite_upsampling=False, pack_convolutions=False)
+
     def when_compiled(self, device: torch.device | str) -> Self:
         """With what makes the most of a compiler on a device; as it is where there is none worth waiting for."""
         kind = torch.device(device).type
