@@ -169,7 +169,7 @@ def _load_transformer(
 
 def _packed(state: Mapping[str, Tensor]) -> set[str]:
     """The keys of weights that somebody else has quantized."""
-    lying = state.lying if isinstance(state, lazy.LazyState) else state
+    lying: Mapping[str, Any] = state.lying if isinstance(state, lazy.LazyState) else state
     whole = {torch.int8, torch.uint8}
     return {key for key, one in lying.items() if one.dtype in whole or key.endswith(".SCB")}
 
