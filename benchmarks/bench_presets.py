@@ -11,13 +11,15 @@ difference to DDPM with 100 steps, on the same prompts from the same noise, with
            difference: the rows that decide the presets are painted of more prompts
 
 Every way paints the same prompts from the same noise, with the engine "winograd", whose pictures are checked first.
-What results/presets.json holds of the same weights is not painted again: the script may be stopped at any time.
+What results/presets.json holds of the same weights is not painted again; with `--keep FOLDER`, no picture is that was
+painted before, and more prompts can be asked later: the script may be stopped at any time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
@@ -37,6 +39,7 @@ from floyd.scenes.render import render
 from floyd.store.fingerprint import fingerprint
 
 NAME = "presets"
+BATCH = 12
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDPM": ("DDPM", {}),
     "DDIM": ("DDIM", {}),
@@ -170,6 +173,26 @@ def measured(way: Way, painter: CascadePainter, answers: Sequence[Answer]) -> di
     }
 
 
+class Gallery:
+    """What was painted and judged in each way before, in a folder, or nowhere."""
+
+    def __init__(self, folder: Path | None, model_hash: str) -> None:
+        self.folder = None if folder is None else folder / model_hash[-12:]
+
+    def answers(self, way: Way, painter: CascadePainter, asked: Sequence[Asked]) -> list[Answer]:
+        path = None if self.folder is None else self.folder / f"{'_'.join(map(str, asdict(way).values()))}.pickle"
+        known: dict[Asked, Answer] = {}
+        if path is not None and path.is_file():
+            known = {answer.asked: answer for answer in pickle.loads(path.read_bytes())}
+        new = [one for one in asked if one not in known]
+        for start in range(0, len(new), BATCH):
+            known |= {answer.asked: answer for answer in evaluate(painter, new[start : start + BATCH], batch=BATCH)}
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(pickle.dumps(list(known.values())))
+        return [known[one] for one in asked]
+
+
 def difference_of_the_engine(cascade: Cascade, way: Way) -> dict[str, float]:
     """Of pixels in [-1, 1], between pictures painted with the engine and without: many steps amplify rounding."""
     plain: Any = Cascade.built_in()
@@ -223,20 +246,25 @@ def shown(way: Way, row: dict[str, Any]) -> str:
 
 
 def run(
-    ways: Sequence[Way], counts: Sequence[int], cascade: Cascade, students: dict[str, Any], results: Results
+    ways: Sequence[Way],
+    counts: Sequence[int],
+    cascade: Cascade,
+    students: dict[str, Any],
+    results: Results,
+    gallery: Gallery,
 ) -> None:
     """Each way with the largest number of prompts, of which smaller numbers are a part."""
     asked = prompts(max(counts))
-    parts = {count: {(one.split, one.seed) for one in prompts(count)} for count in counts}
+    parts = {count: set(prompts(count)) for count in counts}
     for count in counts:
         floor = frechet(scenes_of(prompts(count, seed=1)), scenes_of(prompts(count)))
         results.figures["floors"][str(count)] = floor
     for way in ways:
         if results.find(way, max(counts)) is None:
             painter = way.painter(cascade, students)
-            answers = evaluate(painter, asked, batch=16)
+            answers = gallery.answers(way, painter, asked)
             for count, part in parts.items():
-                own = [answer for answer in answers if (answer.asked.split, answer.asked.seed) in part]
+                own = [answer for answer in answers if answer.asked in part]
                 if results.find(way, count) is None:
                     results.add(measured(way, painter, own))
         row = results.find(way, max(counts))
@@ -251,6 +279,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--deciding", type=int, default=240, help="Prompts of the rows that decide.")
     parser.add_argument("--student", type=Path, help="The unet folder of a network with its guidance distilled.")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="Keep what was painted here, and look here first.")
     parser.add_argument("--only", nargs="*", metavar="SAMPLER:STEPS", help="These, instead of the groups.")
     parser.add_argument("--guidance", type=float, nargs="*", default=[None])
     parser.add_argument("--intervals", nargs="*", default=[None], metavar="LOW-HIGH")
@@ -260,7 +289,8 @@ def main() -> None:
     cascade = Cascade.built_in()
     guidance = cascade.presets["stage_1"]["guidance_scale"]
     cascade.stages["stage_1"].use_engine("winograd")
-    results = Results(fingerprint(Path(str(files("floyd") / "mini" / "stage_1"))))
+    model_hash = fingerprint(Path(str(files("floyd") / "mini" / "stage_1")))
+    results, gallery = Results(model_hash), Gallery(options.keep, model_hash)
     results.figures["guidance"] = guidance
     results.figures["engine_difference"] = difference_of_the_engine(cascade, deciding(guidance)[1])
     print("the engine changes pixels by {mean:.1e}, {max:.1e} at most".format(**results.figures["engine_difference"]))
@@ -276,16 +306,16 @@ def main() -> None:
             for interval in map(_interval, options.intervals)
             for spacing in options.spacings
         ]
-        run(ways, [options.prompts], cascade, {}, results)
+        run(ways, [options.prompts], cascade, {}, results, gallery)
         return
     tried = groups(guidance)
     for name in options.groups or ["deciding", *tried]:
         if name == "deciding":
             ways = deciding(guidance)
             ways += [replace(way, guidance=1.0, network=name) for name in students for way in ways[1:]]
-            run(ways, [options.deciding, options.prompts], cascade, students, results)
+            run(ways, [options.deciding, options.prompts], cascade, students, results, gallery)
         else:
-            run(tried[name], [options.prompts], cascade, {}, results)
+            run(tried[name], [options.prompts], cascade, {}, results, gallery)
 
 
 def _parsed(text: str) -> tuple[str, int | str]:
