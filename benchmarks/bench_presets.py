@@ -312,7 +312,7 @@ def main() -> None:
     for name in options.groups or ["deciding", *tried]:
         if name == "deciding":
             ways = deciding(guidance)
-            ways += [replace(way, guidance=1.0, network=name) for name in students for way in ways[1:]]
+            ways[2:2] = [replace(ways[1], guidance=1.0, network=name) for name in students]
             run(ways, [options.deciding, options.prompts], cascade, students, results, gallery)
         else:
             run(tried[name], [options.prompts], cascade, {}, results, gallery)
