@@ -276,7 +276,7 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="*", choices=("deciding", *groups(1)), help="Only these.")
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--deciding", type=int, default=240, help="Prompts of the rows that decide.")
     parser.add_argument("--student", type=Path, help="The unet folder of a network with its guidance distilled.")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="Keep what was painted here, and look here first.")
