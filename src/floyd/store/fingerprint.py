@@ -12,7 +12,9 @@ _KINDS = (".json", ".txt", ".model", ".safetensors", ".bin")  # configurations, 
 
 
 def fingerprint(path_or_id: str | os.PathLike[str]) -> str:
-    """`sha256:...` over the names and contents of a folder's files, `commit:...` of a repository in the hub's cache."""
+    """`sha256:...` of a file, or over the names and contents of a folder's; `commit:...` of a cached repository."""
+    if Path(path_or_id).is_file():
+        return f"sha256:{_digest(Path(path_or_id))}"
     folder = Source(path_or_id).folder()
     if folder is None:
         return f"commit:{snapshot(path_or_id, components=[], local_files_only=True).name}"

@@ -78,6 +78,7 @@ def test_what_must_be_told_is_asked_for() -> None:
         ({"method": "textual-inversion"}, "needs tokens"),
         ({"method": "textual-inversion", "tokens": "x", "stage": 2}, "with stage I"),
         ({"tokens": "x"}, "are for textual-inversion"),
+        ({"method": "textual-inversion", "tokens": "x", "words": "y"}, "words are a file of what was learned before"),
         ({"validate_every": 5}, "needs a validation_prompt"),
     ],
 )

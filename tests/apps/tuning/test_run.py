@@ -17,12 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
+from floyd.adapters.tokens import write_rows
 from floyd.apps.tuning.config import TuneConfig
 from floyd.apps.tuning.run import Moment, Run, tune
 from floyd.images.load import load_image
 from floyd.models.unet import UNet2DConditionModel
 from floyd.pipelines.deepfloyd_if import IFPipeline
 from floyd.store.weights import read_file
+from floyd.training.embeddings import Embeddings
 from floyd.training.loop import Trainer
 
 CAPTIONS = ("a red circle", "A Blue Square", "a large hat", "a cat on a dog", "a small red hat")
@@ -306,6 +308,32 @@ def test_a_learned_word_is_loaded_and_paints_as_it_was_trained(
     known = pipe.text_encoder.get_input_embeddings().weight[: len(pipe.tokenizer) - 1]
     assert torch.equal(known, others[: len(known)])
     assert not torch.equal(read_file(path)["zorp"], others[pipe.tokenizer.convert_tokens_to_ids("▁cat")])
+
+
+def test_lora_is_trained_on_captions_with_a_word_that_was_learned_before(
+    told: dict[str, Any], folder: Path, data: Path, tmp_path: Path
+) -> None:
+    pipe = IFPipeline.from_pretrained(folder / "stage_1", requires_safety_checker=False)
+    row_E = torch.linspace(-3, 3, pipe.text_encoder.config.d_model)
+    words = str(write_rows({"zorp": row_E}, tmp_path / "words"))
+    run = {**told, "data": str(_without_captions(data, tmp_path)), "caption": "a zorp", "steps": 1}
+    seen: list[torch.Tensor] = []
+    for name, more in (("bare", {}), ("taught", {"words": words})):
+        config = TuneConfig.of(**{**run, **more, "out": str(tmp_path / name)})
+        tune(config)
+        seen.append(Embeddings(Path(config.out) / "text", Run(config).models.encoder_name())(["a zorp"]))
+    pipe.load_textual_inversion(words)
+    expected = pipe.encode_prompt("a zorp", do_classifier_free_guidance=False)[0]
+    assert torch.equal(seen[1], expected)
+    assert not torch.equal(seen[0], expected)
+
+
+def test_words_that_are_not_there_or_in_no_caption_are_refused(told: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere is neither an existing folder"):
+        Run(TuneConfig.of(**told, words=str(tmp_path / "nowhere")))
+    words = str(write_rows({"zorp": torch.zeros(8)}, tmp_path))
+    with pytest.raises(ValueError, match="captions contains the token 'zorp'"):
+        Run(TuneConfig.of(**told, words=words))
 
 
 def test_a_token_that_no_caption_has_is_refused_before_anything_is_loaded(told: dict[str, Any]) -> None:

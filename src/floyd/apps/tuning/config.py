@@ -59,6 +59,7 @@ class TuneConfig:
     rank: int = _told("Rank of LoRA.", 8)
     alpha: float = _told("LoRA is weighed by alpha / rank.", 8.0)
     targets: tuple[str, ...] = _told("The layers that LoRA is laid over, by the end of their names.", TARGETS)
+    words: str | None = _told("A file that textual inversion wrote: words that captions then contain.", None)
     # dreambooth
     train_all: bool = _told("DreamBooth of all weights instead of LoRA.", False)
     class_prompt: tuple[str, ...] = _told("Of what is to be kept; pictures of it are painted by the model.", ())
@@ -212,6 +213,8 @@ def _check_method(config: TuneConfig) -> None:
             raise ConfigError("textual-inversion needs tokens: the new words, which the captions contain.")
         if config.stage != 1:
             raise ConfigError("textual-inversion trains words with stage I; stage II then reads them, too.")
+        if config.words is not None:
+            raise ConfigError("words are a file of what was learned before, and textual-inversion learns anew.")
     elif config.tokens or config.start_word is not None:
         raise ConfigError(f"tokens and start_word are for textual-inversion, and the method is {config.method}.")
     if config.validate_every and not config.validation_prompt:

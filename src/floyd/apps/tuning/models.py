@@ -37,9 +37,18 @@ class Models:
     dtype: torch.dtype
     variant: str | None = None
     presets: Mapping[str, Mapping[str, Any]] | None = None
+    words: str | None = None  # a file of textual inversion that the text encoder is taught first
 
     @classmethod
-    def of(cls, names: Sequence[str], *, stage: int, dtype: torch.dtype, variant: str | None = None) -> Models:
+    def of(
+        cls,
+        names: Sequence[str],
+        *,
+        stage: int,
+        dtype: torch.dtype,
+        variant: str | None = None,
+        words: str | None = None,
+    ) -> Models:
         names = [str(files("floyd") / "mini") if name == BUILT_IN else name for name in expanded(names)]
         presets = None
         sources: tuple[str | None, ...] = tuple(names)
@@ -52,7 +61,7 @@ class Models:
             raise ValueError(f"model names one to {len(STAGES)} stages, got {len(sources)}.")
         if len(sources) < stage:
             raise ValueError(f"stage {stage} is to be trained, and model names {len(sources)} of the stages.")
-        models = cls(sources, stage, dtype, variant, presets)
+        models = cls(sources, stage, dtype, variant, presets, words)
         takes = _unet(models.trained)["in_channels"]
         if takes != (wanted := 3 * stage):
             raise ValueError(
@@ -74,6 +83,8 @@ class Models:
         pipe = IFPipeline.from_pretrained(self._text_source, **rest, **_NO_SAFETY, **self._files())
         if pipe.text_encoder is None:
             raise ValueError(f"{self._text_source} has no text encoder, which is to read the captions.")
+        if self.words is not None:
+            pipe.load_textual_inversion(self.words)
         return pipe.tokenizer, pipe.text_encoder
 
     def encoder_name(self) -> str:
@@ -85,7 +96,8 @@ class Models:
             if folder is None
             else [fingerprint(folder / n) for n in ("text_encoder", "tokenizer")]
         )
-        return " ".join([*parts, str(self.dtype)])
+        taught = [] if self.words is None else [fingerprint(self.words)]
+        return " ".join([*parts, *taught, str(self.dtype)])
 
     def pipeline(self, *, is_trained_whole: bool) -> IFPipeline | IFSuperResolutionPipeline:
         """The stage that is trained, without a text encoder; weights that are all trained are in float32."""

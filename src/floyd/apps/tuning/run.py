@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from floyd.adapters.tokens import write_rows
+from floyd.adapters.tokens import read_rows, write_rows
 from floyd.apps.tuning.config import TuneConfig
 from floyd.apps.tuning.keeping import painted
 from floyd.apps.tuning.looking import Board, Validation, at_rest, cleaned, save_pictures
@@ -72,12 +72,13 @@ class Run:
         self.device = self.workers.device or device_of_map(config.device)
         self.folder = Path(config.out).expanduser()
         dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-        self.models = Models.of(config.model, stage=config.stage, dtype=dtype, variant=config.variant)
+        self.models = Models.of(
+            config.model, stage=config.stage, dtype=dtype, variant=config.variant, words=config.words
+        )
         if config.validate_every:
             self.models.stages_for(self._validation_size)
         self.pictures = self._pictures(config.data, config.caption)
-        if config.method == "textual-inversion":
-            self._check_tokens()
+        self._check_tokens(config.tokens if config.words is None else tuple(read_rows(config.words)))
         self._keep_to_the_terms()
         self.board = Board(self.folder / "tensorboard") if config.tensorboard and self.workers.is_main else None
 
@@ -130,8 +131,8 @@ class Run:
         config = self.config
         return Pictures.of(data, caption=caption, clean_caption=config.clean_caption, on_bad=config.on_bad)
 
-    def _check_tokens(self) -> None:
-        for token in self.config.tokens:
+    def _check_tokens(self, tokens: Sequence[str]) -> None:
+        for token in tokens:
             if not any(token in caption.split() for caption in self.pictures.captions):
                 raise ValueError(
                     f"None of the {len(self.pictures)} captions contains the token {token!r}, so nothing could be "
