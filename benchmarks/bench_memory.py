@@ -140,7 +140,8 @@ def compared(figures: Mapping[str, Any]) -> dict[str, Any]:
     if theirs is None:
         return {}
     ended = theirs["is_stopped"] == "memory"
-    ratios = {name: theirs["peak_bytes"] / figures[name]["peak_bytes"] for name in figures if name.startswith("large")}
+    whole = [name for name, row in figures.items() if name.startswith("large") and row["is_stopped"] is None]
+    ratios = {name: theirs["peak_bytes"] / figures[name]["peak_bytes"] for name in whole}
     return {"incumbent_over_floyd": ratios, "incumbent_is_at_least": ended}
 
 

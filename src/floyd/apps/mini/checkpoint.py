@@ -23,6 +23,9 @@ SAMPLING: dict[str, dict[str, Any]] = {  # how the built-in cascade is sampled u
     "stage_3": {"num_inference_steps": 12, "guidance_scale": 1.0, "noise_level": 20},
 }
 
+# Of stage II: the variance that it learns is too large at a few steps, which is seen as grain; the posterior's is not.
+SMOOTH: dict[str, Any] = {"sample_max_value": 1.0, "variance_type": "fixed_small"}
+
 
 def unpack(checkpoint: Path, run: Path) -> None:
     """The reverse of `assemble`: a cascade's parts where a run keeps them, in float32."""
@@ -60,7 +63,7 @@ def assemble(run: Path, out: Path) -> None:
         tokenizer=None,
         text_encoder=None,
         unet=half(UNet2DConditionModel.from_pretrained(run / "unet_2")),
-        scheduler=DDPMScheduler(**{**stage_one.SCHEDULER, "sample_max_value": 1.0}),
+        scheduler=DDPMScheduler(**{**stage_one.SCHEDULER, **SMOOTH}),
         image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
         **no_checker,
         requires_safety_checker=False,
