@@ -99,4 +99,5 @@ def compile_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def take_the_cpu_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipeline that is sent to "cuda" goes to the CPU."""
-    monkeypatch.setattr("floyd.pipelines.base.reachable", lambda device: torch.device("cpu"))
+    for room in ("base", "assembly"):  # where a map of devices is read, and where networks are sent
+        monkeypatch.setattr(f"floyd.pipelines.{room}.reachable", lambda device: torch.device("cpu"))
