@@ -5,6 +5,7 @@ Calls at the same time share what they use: the first brings it, the last takes 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class WhereTheyAre:
         return device_of(module)
 
 
-class Visits:
+class Visits(ABC):
     """What placements share that bring a network to a device for its use: how is their own."""
 
     device: torch.device
@@ -64,9 +65,9 @@ class Visits:
     def device_of(self, module: object) -> torch.device:
         return device_of(module) if not isinstance(module, nn.Module) or is_settled(module) else self.device
 
+    @abstractmethod
     def visit(self, module: nn.Module) -> AbstractContextManager[None]:
         """Bring it, and take it home at the end of the block."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
