@@ -24,6 +24,7 @@ from floyd.pipelines.deepfloyd_if import IFPipeline
 from floyd.pipelines.events import StageStarted
 from floyd.pipelines.memory import Managed, managed
 from floyd.pipelines.sizing import Sizing, Workload
+from floyd.runtime import sleeping
 from floyd.runtime.budget import Budget
 from floyd.runtime.machine import ANY_CARD
 from floyd.runtime.parts import Precision
@@ -95,6 +96,26 @@ def test_networks_that_main_memory_cannot_keep_are_read_for_each_use(models: lis
         assert np.abs(painted(cascade) - expected).max() <= 1
     resting = {id(networks[part]) for part in napping}  # the safety checker is that of all stages
     assert not any(is_asleep(network) for network in networks.values() if id(network) not in resting)
+
+
+def test_each_of_them_is_read_once_for_a_picture(models: list[Path]) -> None:
+    """T5 too: stages that are given its states have no use for it."""
+    cascade = tight(models)
+    assert cascade.memory is not None
+    napping = {choice.part for choice in cascade.memory.plan.choices if not choice.is_kept}
+    read: list[str] = []
+
+    def counted(part: str, load: Any) -> Any:
+        return lambda: (read.append(part), load())[1]
+
+    for name, stage in cascade.stages.items():
+        for component, network in stage.components.items():
+            if (part := f"{name}.{component}") in napping:
+                sleeper = sleeping._SLEEPERS[network]
+                sleeper.load = counted(part, sleeper.load)
+    painted(cascade)
+    assert "stage_1.text_encoder" in napping
+    assert sorted(read) == sorted(napping)
 
 
 def test_the_next_stage_is_read_behind_the_one_that_paints(

@@ -131,14 +131,16 @@ class Assembly:
     def _modules(self) -> list[tuple[str, nn.Module]]:
         return [(name, module) for name, module in self.components.items() if isinstance(module, nn.Module)]
 
-    def _lent_encoder(self, is_steady: bool) -> Lent:
-        """The text encoder for the length of a call, if there is anything to read. With LoRA it always reads.
+    def _lent_encoder(self, is_steady: bool, *, is_read: bool) -> Lent:
+        """The text encoder for the length of a call, if there is anything to read. With LoRA no memory serves for it.
 
         What LoRA says depends on the call.
         """
         encoder = self.components["text_encoder"]
         is_adapted = isinstance(encoder, nn.Module) and has_adapters(encoder)
-        return Lent(self._placement, encoder, None if is_adapted else self.text_cache, is_steady=is_steady)
+        return Lent(
+            self._placement, encoder, None if is_adapted else self.text_cache, is_steady=is_steady, is_read=is_read
+        )
 
     def _device_for(self, *modules: object) -> torch.device:
         """Where the first of these that is present computes."""

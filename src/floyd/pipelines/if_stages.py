@@ -89,7 +89,9 @@ class IFStage(Painter):
 
         `clean_caption` is off here and on in the call, as in the incumbent: encoded here, a prompt is only lower-cased.
         """
-        with part_of(self, "text"), self._lent_encoder(batch_invariant) as lent, steady(batch_invariant):
+        is_read = prompt_embeds is None or (do_classifier_free_guidance and negative_prompt_embeds is None)
+        lending = self._lent_encoder(batch_invariant, is_read=is_read)
+        with part_of(self, "text"), lending as lent, steady(batch_invariant):
             pair = encode_prompt(
                 prompt,
                 tokenizer=self.tokenizer,

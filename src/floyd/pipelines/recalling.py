@@ -27,17 +27,19 @@ def text_cache(where: Where) -> TextCache | None:
 class Lent:
     """A text encoder that is brought to where it computes once it is needed, and taken back at the end of the block.
 
-    Without a cache it is needed at once.
+    Without a cache it is needed at once, unless nothing `is_read`: then not at all.
     """
 
-    def __init__(self, placement: Placement, encoder: Any, cache: TextCache | None, *, is_steady: bool) -> None:
-        self.placement, self.encoder = placement, encoder
+    def __init__(
+        self, placement: Placement, encoder: Any, cache: TextCache | None, *, is_steady: bool, is_read: bool
+    ) -> None:
+        self.placement, self.encoder, self.is_read = placement, encoder, is_read
         self.recall = None if cache is None else Recall(cache, self.bring, is_steady)
         self._stack = ExitStack()
         self._is_here = False
 
     def __enter__(self) -> Self:
-        if self.recall is None:
+        if self.recall is None and self.is_read:
             self.bring()
         return self
 

@@ -116,8 +116,9 @@ class StableDiffusionUpscalePipeline(Painter):
         scale = 1.0 if lora_scale is None else finite("lora_scale", lora_scale)
         if scale != 1 and not heeds_calls(self.text_encoder):
             log.warning("lora_scale is the strength of LoRA, and none acts on the text encoder: no effect.")
-        reading = part_of(self, "text")
-        with reading, self._lent_encoder(batch_invariant) as lent, steady(batch_invariant), call_scale(scale):
+        is_read = prompt_embeds is None or (do_classifier_free_guidance and negative_prompt_embeds is None)
+        lending = self._lent_encoder(batch_invariant, is_read=is_read)
+        with part_of(self, "text"), lending as lent, steady(batch_invariant), call_scale(scale):
             pair = encode_clip_prompt(
                 prompt,
                 tokenizer=self.tokenizer,
@@ -241,6 +242,8 @@ class StableDiffusionUpscalePipeline(Painter):
             z_BZhw = (x_BZhw / SCALING_FACTOR).to(self._placement.device_of(ready), dtype_of(ready))
             decoding(ready, z_BZhw)
             by = self._decoder_of(ready)
+            if by is None and self.switches.channels_last:
+                z_BZhw = z_BZhw.contiguous(memory_format=torch.channels_last)
             x_BCHW: Tensor = (ready.decode(z_BZhw) if by is None else ready.decode(z_BZhw, by=by)).sample
         return x_BCHW.float()
 
