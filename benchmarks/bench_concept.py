@@ -1,20 +1,24 @@
 """A shape and a word that the built-in model never met, taught to it from 12 pictures by each method of `floyd train`.
 
-    python benchmarks/bench_concept.py [--methods dreambooth lora textual-inversion] [--prompts 32] [--old 48]
+    python benchmarks/bench_concept.py [--methods "two rounds" lora dreambooth textual-inversion] [--prompts 48]
 
-The shape is a crescent, the word "zorp". It is taught in four colours, in the middle and at the sides of the picture:
-six times alone, and six times beside a thing that the model knows, which shows it which of the words is new. Asked for
-are the four other colours, in the corners. It is always large: of a small one 64 px leave the judge little to see.
+The shape is a crescent, the word "zorp". It is taught in six colours and at seven places: six times alone, and six
+times beside a thing that the model knows. Asked for are the two other colours, at the two other places. It is always
+large: of a small one 64 px leave the judge little to see.
 
 found      the judge sees a crescent in the picture of a new prompt
 right      ... and everything else that the prompt says, and no other thing
 old        prompts of the built-in model's own evaluation that come out right, before and after
 control    crescents in the pictures of the same new prompts before any training: what the judge finds by mistake
 
-dreambooth is LoRA, too, with pictures that the model itself painted of other prompts, so that it keeps what it knew.
-Both are told a word: spelled out in pieces "zorp" is no noun to the text encoder, which then does not bind colour and
-place to it. The word's embedding is the mean of those of the six shapes: a thing of no particular shape, see `noun`.
-All is painted with the built-in preset, by the winograd engine; LoRA is fused for it.
+lora        the 12 pictures and nothing else: the shape carries over to new colours, and to every other word
+dreambooth  LoRA, held to what the model itself painted of other prompts: it learns the 12 captions by heart
+two rounds  LoRA alone paints the word in every colour and place; a fresh LoRA then learns these pictures and the 12,
+            held to what the network said, before, of the same captions with every known shape in the word's place, and
+            of other prompts
+
+All but inversion are told a word: spelled out in pieces "zorp" is no noun to the text encoder, which then does not bind
+colour and place to it. See `noun`. All is painted by the winograd engine; LoRA is fused for it.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ import numpy as np
 import torch
 from common import write
 from PIL import Image
+from torch import Tensor
 
 from floyd.adapters.tokens import write_rows
 from floyd.apps.evaluate import CascadePainter, evaluate, prompts, report
@@ -41,11 +46,15 @@ from floyd.pipelines.cascade import Cascade
 from floyd.scenes.captions import Caption, caption
 from floyd.scenes.judge import read, verdict
 from floyd.scenes.render import render
-from floyd.scenes.scene import NEW_SHAPES, POSITIONS, SHAPES, Scene, sample_scene
+from floyd.scenes.scene import NEW_SHAPES, POSITIONS, SHAPES, THING_COLORS, Scene, sample_scene
 
 SHAPE, WORD = NEW_SHAPES[0], "zorp"
-TAUGHT = (("red", "green", "blue", "yellow"), ("left", "right", "top", "bottom", "center"))  # colours, places
-ASKED = (("orange", "purple", "black", "white"), tuple(place for place in POSITIONS if " " in place))
+NEW_COLORS, NEW_PLACES = ("orange", "white"), ("top right", "bottom left")
+TAUGHT = (
+    tuple(color for color in THING_COLORS if color not in NEW_COLORS),
+    tuple(p for p in POSITIONS if p not in NEW_PLACES),
+)
+ASKED = (NEW_COLORS, NEW_PLACES)
 TEXT_SEED, PICTURE_SEED, OLD_SEED = 41, 42, 43
 LAYERS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "encoder_hid_proj"),
@@ -57,10 +66,14 @@ WEIGHING = {"snr_gamma": 100.0, "snr_floor": 0.2, "noisy_share": 0.5}
 COMMON: dict[str, Any] = {"caption_dropout": 0.0, "warmup": 10, "last_rate": 0.02, "ema": 0.98, **WEIGHING}
 LORA: dict[str, Any] = {"rate": 6e-3, "rank": 6, "alpha": 8.0, "targets": LAYERS}
 METHODS: dict[str, dict[str, Any]] = {
-    "dreambooth": {**LORA, "rate": 4e-3, "steps": 700, "batch": 12, "class_pictures": 96, "prior_weight": 2.0},
-    "lora": {**LORA, "steps": 250, "batch": 8},
-    "textual-inversion": {"rate": 2e-2, "steps": 100, "batch": 6, "tokens": (WORD,), "start_word": "ring"},
-}
+    "two rounds": {**LORA, "method": "dreambooth", "steps": 1000, "batch": 16, "prior": "network", "prior_weight": 3.0},
+    "lora": {**LORA, "method": "lora", "rate": 4e-3, "steps": 400, "batch": 8},
+    "dreambooth": {**LORA, "method": "dreambooth", "steps": 400, "batch": 16, "prior_weight": 2.0},
+    "textual-inversion": {"method": "textual-inversion", "rate": 2e-2, "steps": 100, "batch": 6, "tokens": (WORD,),
+                          "start_word": "ring"},
+}  # fmt: skip
+OWN, TIMES = 96, 4  # pictures that the first round paints, and how often the 12 come beside them
+OTHERS = 144  # prompts of other things, of what is to be kept
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,14 @@ class Wanted:
     @property
     def prompt(self) -> str:
         return self.caption.text
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A prompt that nothing will be held against."""
+
+    prompt: str
+    seed: int
 
 
 def concepts(
@@ -121,12 +142,79 @@ def new_prompts(count: int) -> list[Wanted]:
 
 
 def noun(folder: Path) -> Path:
-    """A file with the word: the mean of what the text encoder knows of the six shapes, as long as they are."""
+    """A file with the word: the mean of the six shapes, and as much again that sets it apart from them.
+
+    The mean is a noun to the text encoder. But whatever a layer does linearly to it, it does to the six on average:
+    they cannot be told apart. So a direction is added in which the encoder's state of the word, in captions, is as far
+    as can be from the states of all other words (Mahalanobis).
+    """
     pipe: Any = Cascade.built_in().stages["stage_1"]
+    table_VE = pipe.text_encoder.requires_grad_(False).get_input_embeddings().weight
     ids = [pipe.tokenizer(shape, add_special_tokens=False).input_ids[0] for shape in SHAPES]
-    known_SE = pipe.text_encoder.get_input_embeddings().weight.detach()[ids]
+    known_SE = table_VE[ids]
     mean_E = known_SE.mean(0)
-    return write_rows({WORD: mean_E * known_SE.norm(dim=1).mean() / mean_E.norm()}, folder)
+    mean_E = mean_E * known_SE.norm(dim=1).mean() / mean_E.norm()
+    captions = [one.prompt.replace(WORD, SHAPES[0]) for one in new_prompts(12)]
+    read_by = [pipe.tokenizer(text, return_tensors="pt").input_ids for text in captions]
+    others = [pipe.tokenizer(one.prompt, return_tensors="pt").input_ids for one in prompts(400, seed=TEXT_SEED)]
+    states_NE = torch.cat([pipe.text_encoder(ids_1L).last_hidden_state[0] for ids_1L in others])
+    spread_EE = states_NE.T @ states_NE / len(states_NE)
+    spread_EE += 1e-3 * spread_EE.diagonal().mean() * torch.eye(len(spread_EE))
+
+    def apart(direction_E: Tensor) -> Tensor:
+        across_E = direction_E - mean_E * (direction_E @ mean_E) / mean_E.square().sum()
+        return across_E * mean_E.norm() / across_E.norm()
+
+    def states(word_E: Tensor) -> Tensor:
+        """Of the word, in every caption."""
+        found = []
+        for ids_1L in read_by:
+            is_word_L1 = (ids_1L[0] == ids[0])[:, None]
+            inputs_1LE = torch.where(is_word_L1, word_E, table_VE[ids_1L[0]])[None]
+            found.append(pipe.text_encoder(inputs_embeds=inputs_1LE).last_hidden_state[0][is_word_L1[:, 0]])
+        return torch.cat(found)
+
+    direction_E = torch.randn(mean_E.shape, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    optimizer = torch.optim.Adam([direction_E], lr=0.05)
+    for _ in range(60):
+        states_NE = states(mean_E + apart(direction_E))
+        optimizer.zero_grad()
+        (-(states_NE * torch.linalg.solve(spread_EE, states_NE.T).T).sum(1).mean()).backward()
+        optimizer.step()
+    return write_rows({WORD: (mean_E + apart(direction_E)).detach()}, folder)
+
+
+def painted(cascade: Cascade, asked: Sequence[Any], folder: Path, batch: int = 20) -> Path:
+    """Pictures of the prompts, with their captions beside them."""
+    painter = CascadePainter(cascade)
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(asked), batch):
+        part = asked[start : start + batch]
+        for i, (one, drawn) in enumerate(zip(part, painter.draw(part), strict=True), start):
+            Image.fromarray(drawn.picture).save(folder / f"painted-{i:03}.png")
+            (folder / f"painted-{i:03}.txt").write_text(one.prompt + "\n")
+    return folder
+
+
+def own_pictures(taught: Path, first: Path, word: Path, folder: Path) -> Path:
+    """What the first round paints of the word in any colour, at any place, and the taught ones several times."""
+    rng = np.random.default_rng(PICTURE_SEED + 1)
+    alone, company = (concepts(rng, THING_COLORS, POSITIONS, things=things) for things in (1, 2))
+    scenes = [next(company if i % 3 == 2 else alone) for i in range(OWN)]
+    asked = [Wanted(scene, told, 7000 + i) for i, (scene, told) in enumerate(scenes)]
+    painted(stage_one("lora", first, word), asked, folder)
+    for path in sorted(taught.iterdir()):
+        for turn in range(TIMES):
+            shutil.copy(path, folder / f"taught-{turn}-{path.name}")
+    return folder
+
+
+def kept_pictures(folder: Path) -> Path:
+    """What the model paints of the taught captions with each known shape in the word's place, and of other prompts."""
+    texts = [told.text for _, (_, told) in zip(range(12), taught_scenes(), strict=False)]
+    mirrored = [text.replace(WORD, shape) for text in texts for shape in SHAPES]
+    others = [one.prompt for one in prompts(OTHERS, seed=OLD_SEED + 1)]
+    return painted(stage_one(), [Prompted(text, 9000 + i) for i, text in enumerate(mirrored + others)], folder)
 
 
 def stage_one(method: str | None = None, result: Path | None = None, word: Path | None = None) -> Cascade:
@@ -162,34 +250,43 @@ def old(cascade: Cascade, count: int) -> float:
     return share
 
 
-def trained(method: str, data: Path, folder: Path, word: Path) -> dict[str, Any]:
+def trained(method: str, folder: Path, word: Path) -> dict[str, Any]:
+    """The run's file, and what it cost, the painting of pictures included."""
+    begin = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
-    told = {**COMMON, **METHODS[method], "method": method, "data": str(data), "out": str(folder)}
+    told = {**COMMON, **METHODS[method], "data": str(pictures(folder / "taught")), "out": str(folder / "run")}
     if method != "textual-inversion":
         told["words"] = str(word)
-    if method == "dreambooth":
-        told["class_prompt"] = tuple(one.prompt for one in prompts(96, seed=OLD_SEED + 1))
-    run, begin = Run(TuneConfig.of(**told, device="cpu")), time.monotonic()
+    if method == "two rounds":
+        first = _tuned("lora", {**told, **METHODS["lora"], "out": str(folder / "first")}, ("prior", "prior_weight"))
+        told["data"] = str(own_pictures(folder / "taught", first, word, folder / "own"))
+    if told["method"] == "dreambooth":
+        told["class_data"] = str(kept_pictures(folder / "kept"))
+    result = _tuned(method, told)
+    return {
+        **{name: told[name] for name in ("steps", "batch", "rate")},
+        "result": result,
+        "minutes": (time.monotonic() - begin) / 60,
+        "bytes": result.stat().st_size,
+    }
+
+
+def _tuned(label: str, told: dict[str, Any], without: Sequence[str] = ()) -> Path:
+    run = Run(TuneConfig.of(**{name: value for name, value in told.items() if name not in without}, device="cpu"))
     for moment in run.moments():
         if moment.label == "training" and moment.done % 25 == 0:
-            print(f"  {method} {moment.done}/{moment.total} {json.dumps(moment.losses)}", flush=True)
-    settings = {name: told[name] for name in ("steps", "batch", "rate")}
-    return {
-        **settings,
-        "result": run.result,
-        "minutes": (time.monotonic() - begin) / 60,
-        "bytes": run.result.stat().st_size,
-    }
+            print(f"  {label} {moment.done}/{moment.total} {json.dumps(moment.losses)}", flush=True)
+    return run.result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--old", type=int, default=48)
+    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--old", type=int, default=96)
     parser.add_argument("--folder", type=Path, default=Path("concept"))
     options = parser.parse_args()
-    data, wanted = pictures(options.folder / "pictures"), new_prompts(options.prompts)
+    wanted = new_prompts(options.prompts)
     word = noun(options.folder / "word")
     plain = stage_one()
     before, control = old(plain, options.old), answered(plain, wanted)
@@ -197,7 +294,7 @@ def main() -> None:
     figures = {"prompts": options.prompts, "old_prompts": options.old, "threads": torch.get_num_threads()}
     rows: list[dict[str, Any]] = []
     for method in options.methods:
-        made = trained(method, data, options.folder / method, word)
+        made = trained(method, options.folder / method.replace(" ", "-"), word)
         cascade = stage_one(method, made.pop("result"), word)
         row = {"method": method, **made, **answered(cascade, wanted), "old": old(cascade, options.old)}
         rows.append(row)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,26 @@ def test_kept_pictures_are_every_other_one_and_weigh_as_told(batches: Batches, t
     )
     assert heavy["noise_kept"].item() == pytest.approx(2 * light["noise_kept"].item())
     assert heavy["noise"].item() == light["noise"].item()
+
+
+def test_kept_pictures_may_be_held_to_what_the_network_said_before(batches: Batches, tmp_path: Path) -> None:
+    kept = Kept(pictures=folder_of(tmp_path / "kept", 3, "cat"))
+    shown: list[Tensor] = []
+
+    @contextmanager
+    def before(model: nn.Module) -> Iterator[nn.Module]:
+        yield lambda x_SCHW, *_, **__: (shown.append(x_SCHW) or torch.full((len(x_SCHW), 6, 16, 16), 0.25),)
+
+    loss = Denoising(schedule=SCHEDULE, batches=replace(batches, kept=kept), read=read)
+    plain, model = losses_of(loss, Spy()), Spy()
+    held = losses_of(replace(loss, before=before), model)
+    assert torch.equal(shown[0], model.seen["x"][1::2])  # the kept ones alone
+    assert held["noise"] == plain["noise"]
+    assert held["variance_kept"] == plain["variance_kept"]  # of which the network knows what it is told
+    weight_T = loss.weighing.weights(SCHEDULE)
+    said_SCHW = model.weight.detach()[:, :3] * model.seen["x"]
+    error_S = (said_SCHW - 0.25).square().flatten(1).mean(1) * weight_T[model.seen["t"]]
+    torch.testing.assert_close(held["noise_kept"].detach(), error_S[1::2].mean())
 
 
 def test_a_network_without_a_variance_of_its_own_learns_the_noise_alone(batches: Batches) -> None:

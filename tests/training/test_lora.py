@@ -10,7 +10,7 @@ from tests import tiny
 
 from floyd.models.unet import UNet2DConditionModel
 from floyd.store.weights import read_file
-from floyd.training.lora import attach, save
+from floyd.training.lora import attach, lora_layers, save, without
 from floyd.training.recompute import recompute
 
 
@@ -34,6 +34,19 @@ def test_fresh_lora_changes_nothing_and_is_all_that_is_trained(unet: Any) -> Non
     assert all(".lora_A." in name or ".lora_B." in name for name in trained)
     kinds = {name.split(".lora_")[0].split("attentions.")[1].split(".", 1)[1] for name in trained}
     assert kinds == {"to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"}
+
+
+def test_the_network_without_its_lora_is_what_it_was(unet: Any) -> None:
+    before = unet(*inputs()).sample
+    attach(unet, rank=2, alpha=2.0)
+    for _, layer in lora_layers(unet):
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+    after = unet(*inputs()).sample
+    with torch.no_grad(), without(unet) as plain:
+        torch.testing.assert_close(plain(*inputs()).sample, before.detach(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(unet(*inputs()).sample, after)
+    assert not torch.equal(after, before)
+    assert [layer.lora_B["default"].weight.requires_grad for _, layer in lora_layers(unet)].count(False) == 0
 
 
 def test_a_seed_decides_where_lora_starts_whatever_was_drawn_before(unet: Any) -> None:

@@ -56,15 +56,20 @@ def hybrid_loss(
     schedule: NoiseSchedule,
     weight_T: Tensor,
     weight_B1HW: Tensor | float = 1.0,
+    *,
+    wanted_BCHW: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """L_simple (weighted by timestep and by pixel) and the variational bound of the learned variance, each [B].
+
+    `wanted` is what L_simple asks for instead of the noise.
 
     Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 16: L_hybrid = L_simple + lambda * L_vlb with lambda = 0.001, and the
     mean held fixed in the second term. For a schedule of 1000 steps lambda * T is 1: the sum of both is the loss.
     """
     channels = clean_BCHW.shape[1]
     noise_hat_BCHW, fraction_BCHW = out_BCHW.float().split(channels, dim=1)
-    error_B = ((noise_hat_BCHW - noise_BCHW).square() * weight_B1HW).flatten(1).mean(1)
+    wanted_BCHW = noise_BCHW if wanted_BCHW is None else wanted_BCHW
+    error_B = ((noise_hat_BCHW - wanted_BCHW).square() * weight_B1HW).flatten(1).mean(1)
     bound_B = variational_bound(noise_hat_BCHW.detach(), fraction_BCHW, clean_BCHW, noise_BCHW, t_B, schedule)
     return weight_T.to(error_B.device)[t_B] * error_B, bound_B * (len(schedule) / 1000)
 

@@ -8,6 +8,7 @@ B images of the whole batch  S images of a share of it  C channels  H height  W 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -128,6 +129,7 @@ class Denoising:
     enlarging: Enlarging | None = None
     weighing: Weighing = field(default_factory=Weighing)
     dtype: torch.dtype = torch.float32  # that the network's own weights are in
+    before: Callable[[nn.Module], AbstractContextManager[nn.Module]] | None = None  # the network as it was
 
     def __call__(
         self, model: nn.Module, phase: Phase, step: int, generator: torch.Generator, *, share: Share = WHOLE
@@ -145,8 +147,33 @@ class Denoising:
             x_SCHW = torch.cat([x_SCHW, low_SCHW.to(device)], dim=1)
             told["class_labels"] = level_S.to(device)
         text_SLE = self.read(batch.captions, device)
-        out_SCHW = model(x_SCHW.to(self.dtype), t_S, text_SLE.to(self.dtype), **told, return_dict=False)[0]
-        return self._losses(out_SCHW, clean_SCHW, noise_SCHW, t_S, batch.is_kept_S.to(device), size, share)
+        seen = (x_SCHW.to(self.dtype), t_S, text_SLE.to(self.dtype))
+        is_kept_S = batch.is_kept_S.to(device)
+        wanted_SCHW = self._wanted(model, seen, told, noise_SCHW, is_kept_S)
+        out_SCHW = model(*seen, **told, return_dict=False)[0]
+        weight_T = self.weighing.weights(self.schedule)
+        if out_SCHW.shape[1] == clean_SCHW.shape[1]:  # a network without a variance of its own
+            error_S = (out_SCHW.float() - wanted_SCHW).square().flatten(1).mean(1)
+            parts = {"noise": weight_T.to(device)[t_S] * error_S}
+        else:
+            simple_S, bound_S = hybrid_loss(
+                out_SCHW, clean_SCHW, noise_SCHW, t_S, self.schedule, weight_T, wanted_BCHW=wanted_SCHW
+            )
+            parts = {"noise": simple_S, "variance": bound_S}
+        return self._means(parts, is_kept_S, size, share)
+
+    def _wanted(
+        self, model: nn.Module, seen: tuple[Tensor, ...], told: dict[str, Tensor], noise_SCHW: Tensor, is_kept_S: Tensor
+    ) -> Tensor:
+        """The noise; or of pictures to be kept, what the network said of it before it was trained."""
+        if self.before is None or not is_kept_S.any():
+            return noise_SCHW
+        with torch.no_grad(), self.before(model) as network:
+            kept = {name: value_S[is_kept_S] for name, value_S in told.items()}
+            before_KCHW = network(*(part_S[is_kept_S] for part_S in seen), **kept, return_dict=False)[0]
+        wanted_SCHW = noise_SCHW.clone()
+        wanted_SCHW[is_kept_S] = before_KCHW[:, : noise_SCHW.shape[1]].float()
+        return wanted_SCHW
 
     def _low(self, batch: Batch, phase: Phase, share: Share, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The small pictures as the network sees them, and their noise levels."""
@@ -157,24 +184,8 @@ class Denoising:
         noise_SCHW = _drawn(low_SCHW, phase.batch_size, generator)[share.rows]
         return self.enlarging.schedule.noised(low_SCHW, noise_SCHW, level_S), level_S
 
-    def _losses(
-        self,
-        out_SCHW: Tensor,
-        clean_SCHW: Tensor,
-        noise_SCHW: Tensor,
-        t_S: Tensor,
-        is_kept_S: Tensor,
-        size: int,
-        share: Share,
-    ) -> Losses:
-        """The means over the share, of the rows of each kind by themselves."""
-        weight_T = self.weighing.weights(self.schedule)
-        if out_SCHW.shape[1] == clean_SCHW.shape[1]:  # a network without a variance of its own
-            error_S = (out_SCHW.float() - noise_SCHW).square().flatten(1).mean(1)
-            parts = {"noise": weight_T.to(t_S.device)[t_S] * error_S}
-        else:
-            simple_S, bound_S = hybrid_loss(out_SCHW, clean_SCHW, noise_SCHW, t_S, self.schedule, weight_T)
-            parts = {"noise": simple_S, "variance": bound_S}
+    def _means(self, parts: Losses, is_kept_S: Tensor, size: int, share: Share) -> Losses:
+        """Over the share, of the rows of each kind by themselves."""
         if self.batches.kept is None:
             return {name: loss_S.mean() for name, loss_S in parts.items()}
         num_kept = size // 2

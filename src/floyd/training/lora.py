@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from floyd.adapters.attached import activate, layers_on, lora_layers
+from floyd.adapters.attached import activate, enable, layers_on, lora_layers
 from floyd.adapters.attached import attach as put_on
 from floyd.adapters.factors import Factors, Shape, layer_shapes
 from floyd.adapters.files import SAFE_NAME, write
@@ -36,6 +37,17 @@ def attach(unet: nn.Module, *, rank: int, alpha: float, targets: Sequence[str] =
     for _, layer in lora_layers(unet):
         for part in (layer.lora_A[NAME], layer.lora_B[NAME]):
             part.weight = nn.Parameter(part.weight.detach().float(), requires_grad=True)
+
+
+@contextmanager
+def without(unet: nn.Module) -> Iterator[nn.Module]:
+    """The network as it was before LoRA, whatever it is wrapped in for several processes."""
+    inner: nn.Module = getattr(unet, "module", unet)
+    enable(inner, False)
+    try:
+        yield inner
+    finally:
+        enable(inner, True)
 
 
 def save(unet: nn.Module, folder: Path) -> Path:

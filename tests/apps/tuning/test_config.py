@@ -75,6 +75,11 @@ def test_what_must_be_told_is_asked_for() -> None:
         ({"method": "dreambooth", "class_prompt": "a", "class_data": "b"}, "say the same thing"),
         ({"method": "dreambooth", "class_prompt": "a", "batch": 1}, "batch of at least 2"),
         ({"class_prompt": "a dog"}, "are for dreambooth, and the method is lora"),
+        ({"prior": "network"}, "prior is for dreambooth, and the method is lora"),
+        (
+            {"method": "dreambooth", "class_prompt": "a", "prior": "network", "train_all": True},
+            "asks the network without its LoRA",
+        ),
         ({"method": "textual-inversion"}, "needs tokens"),
         ({"method": "textual-inversion", "tokens": "x", "stage": 2}, "with stage I"),
         ({"tokens": "x"}, "are for textual-inversion"),

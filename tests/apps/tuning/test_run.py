@@ -80,8 +80,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"ema": 0.5},
     "full": {"method": "full", "optimizer": "muon", "batch": 2},
     "dreambooth": {"method": "dreambooth", "class_prompt": ("a cat", "a dog"), "class_pictures": 3},
+    "dreambooth, network": {
+        "method": "dreambooth", "class_prompt": ("a cat", "a dog"), "class_pictures": 3, "prior": "network"
+    },
     "textual-inversion": {"method": "textual-inversion", "tokens": ("zorp",), "caption": "a zorp"},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -17,6 +17,7 @@ CROPS = ("center", "random")
 POLICIES = ("error", "skip")
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 PRECISIONS = ("bf16", "fp32")
+PRIORS = ("noise", "network")
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
 METHODS = ("lora", "dreambooth", "textual-inversion", "full")
 DTYPES = ("float32", "bfloat16")
@@ -66,6 +67,11 @@ class TuneConfig:
     class_data: str | None = _told("Pictures with captions of what is to be kept, instead.", None)
     class_pictures: int = _told("How many are painted.", 100)
     prior_weight: float = _told("Weight of the kept pictures' loss.", 1.0)
+    prior: str = _told(
+        "What they are held to: the noise in them, or what the network said of it before (LoRA alone).",
+        "noise",
+        one_of=PRIORS,
+    )
     # textual inversion
     tokens: tuple[str, ...] = _told("The new words, which captions and prompts then contain.", ())
     start_word: str | None = _told("A word whose meaning the new ones begin with.", None)
@@ -204,8 +210,12 @@ def _check_method(config: TuneConfig) -> None:
             )
         if config.class_prompt and config.class_data is not None:
             raise ConfigError("class_prompt and class_data say the same thing: tell one of them.")
+        if config.prior == "network" and config.train_all:
+            raise ConfigError("prior network asks the network without its LoRA, and with train_all there is none.")
         if config.batch < 2:
             raise ConfigError(f"dreambooth needs a batch of at least 2, one of each kind; got {config.batch}.")
+    elif config.prior != "noise":
+        raise ConfigError(f"prior is for dreambooth, and the method is {config.method}.")
     elif is_kept:
         raise ConfigError(f"class_prompt and class_data are for dreambooth, and the method is {config.method}.")
     if config.method == "textual-inversion":

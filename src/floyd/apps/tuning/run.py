@@ -31,7 +31,7 @@ from floyd.training.denoising import Batches, Denoising, Enlarging, Kept, ReadTe
 from floyd.training.embeddings import Embeddings
 from floyd.training.inversion import Inverting
 from floyd.training.loop import LoopConfig, Phase, Progress, Trainer
-from floyd.training.lora import attach, save
+from floyd.training.lora import attach, save, without
 from floyd.training.recompute import recompute
 from floyd.training.workers import Workers, launched, main_first
 
@@ -232,6 +232,7 @@ class Run:
             enlarging=enlarging,
             weighing=Weighing(snr_gamma=config.snr_gamma, snr_floor=config.snr_floor, noisy_share=config.noisy_share),
             dtype=pipe.unet.dtype,
+            before=without if config.prior == "network" else None,
         )
 
     def _loop(self, pipe: Any) -> LoopConfig:
