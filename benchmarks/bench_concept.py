@@ -67,7 +67,7 @@ COMMON: dict[str, Any] = {"caption_dropout": 0.0, "warmup": 10, "last_rate": 0.0
 LORA: dict[str, Any] = {"rate": 6e-3, "rank": 6, "alpha": 8.0, "targets": LAYERS}
 METHODS: dict[str, dict[str, Any]] = {
     "two rounds": {**LORA, "method": "dreambooth", "steps": 1000, "batch": 16, "prior": "network", "prior_weight": 3.0},
-    "lora": {**LORA, "method": "lora", "rate": 4e-3, "steps": 400, "batch": 8},
+    "lora": {**LORA, "method": "lora", "rate": 4e-3, "steps": 600, "batch": 12},
     "dreambooth": {**LORA, "method": "dreambooth", "steps": 400, "batch": 16, "prior_weight": 2.0},
     "textual-inversion": {"method": "textual-inversion", "rate": 2e-2, "steps": 100, "batch": 6, "tokens": (WORD,),
                           "start_word": "ring"},
