@@ -26,7 +26,7 @@ class Switches:
     rewrite_upsampling: bool = False
     """Doubling and then convolving is one transposed convolution, with 4/9 of the products."""
     channels_last: bool = False
-    """Feature maps lie in memory pixel by pixel."""
+    """Feature maps, those of the VAE's decoder too, lie in memory pixel by pixel."""
     pack_convolutions: bool = False
     """Weights of 3x3 convolutions lie as the CPU's kernels want them; takes as much memory again as they do."""
     compiled: bool = False
