@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from floyd.apps.mini.beginnings import begin_as_resizing
 from floyd.apps.mini.data import Crop, crops_of, scenes_at, texts_of
-from floyd.apps.mini.stage_two import offset_noise, windows, worn
+from floyd.apps.mini.stage_two import bent, near_edges, offset_noise, some_levels, windows, worn
 from floyd.diffusion.losses import stratified_timesteps
 from floyd.diffusion.schedule import NoiseSchedule
 from floyd.models.unet import UNet2DConditionModel
 from floyd.models.vae import AutoencoderKL
+from floyd.scenes.captions import Caption
+from floyd.scenes.scene import Scene
 from floyd.training.init import zero_residuals
 from floyd.training.loop import LoopConfig, Losses, Phase, device_of
 
@@ -50,6 +53,7 @@ UNET: dict[str, Any] = {
     "cross_attention_dim": 64,
     "num_class_embeds": 1000,
     "use_linear_projection": True,
+    "resnet_time_scale_shift": "scale_shift",  # the gains of x in what is predicted depend on the time
     "norm_num_groups": 1,
     "time_embedding_dim": 128,
 }
@@ -77,35 +81,44 @@ LOW_RES_SCHEDULER: dict[str, Any] = {
     "beta_start": 0.0001,
     "beta_end": 0.02,
 }
-MOST_NOISE = 350
-SIDES = (256, 512, 1024)  # of the pictures that the autoencoder sees windows of: far more edges than at 1024 px alone
-# Whole pictures at the end of both, as small ones: what a norm takes the mean of is then what it will be at 1024 px.
-VAE_WHOLE, WHOLE = 256, 512
+MOST_NOISE = 350  # highest noise level of the input in training; low ones are seen most
+BENT = 1.0  # pixels of the input by which its outlines stray at most (standard deviation)
+CELL = 8  # pixels of the input, of the field that bends them
+EDGE_WEIGHT = 2.0  # of a latent within NEAR of an edge, over all others; not in the last phase: areas must be even
+NEAR = 2
+SIDES = (256, 512, 1024)  # of the pictures that windows are cut from: far more edges than at 1024 px alone
+TRIES = 4  # to find a window with an edge in it: there is little to learn from the others
+WHOLE = 512  # whole pictures at the end, as small ones: a norm then takes the mean of what it will at 1024 px
 VAE_LOOP = LoopConfig(
     phases=(
-        Phase(num_steps=1800, batch_size=48, size=24, rate=5e-4, last_rate=5e-4),  # colours: many, small
-        Phase(num_steps=600, batch_size=8, size=96, rate=5e-4, last_rate=5e-4),  # edges
-        Phase(num_steps=600, batch_size=2, size=VAE_WHOLE, rate=5e-4, last_rate=1e-5),
+        Phase(num_steps=600, batch_size=16, size=64, rate=1e-3, last_rate=1e-3),
+        Phase(num_steps=1400, batch_size=16, size=64, rate=1e-3, last_rate=1e-5),
     ),
+    optimizer="muon",
+    warmup_steps=20,
     ema_decay=0.99,
     weight_decay=0.0,
     seed=41,
 )
 LOOP = LoopConfig(
     phases=(
-        Phase(num_steps=1050, batch_size=16, size=160, rate=1e-3, last_rate=1e-3),
-        Phase(num_steps=320, batch_size=4, size=WHOLE, rate=8e-4, last_rate=1e-5),
+        Phase(num_steps=1200, batch_size=12, size=192, rate=1e-3, last_rate=1e-3),
+        Phase(num_steps=900, batch_size=2, size=WHOLE, rate=1e-3, last_rate=1e-5),
+        Phase(num_steps=1500, batch_size=2, size=WHOLE, rate=6e-4, last_rate=1e-5),
+        Phase(num_steps=1500, batch_size=2, size=WHOLE, rate=6e-4, last_rate=1e-5),
+        Phase(num_steps=900, batch_size=2, size=WHOLE, rate=5e-4, last_rate=1e-5),
     ),
     optimizer="muon",
-    ema_decay=0.995,
+    ema_decay=0.99,
     seed=43,
 )
 
 
 def build_vae() -> AutoencoderKL:
-    """Its latents begin almost without noise: drowned in it, the means would take long to be heard."""
+    """It begins as resizing, its latents almost without noise: drowned in it, the means would take long to be heard."""
     torch.manual_seed(VAE_LOOP.seed)
     vae = AutoencoderKL(**VAE)
+    begin_as_resizing(vae)
     bias = vae.quant_conv.bias
     assert isinstance(bias, nn.Parameter)
     nn.init.constant_(bias.data[vae.config.latent_channels :], -6.0)
@@ -118,10 +131,9 @@ def holding_loss() -> Any:
     def loss_of(model: nn.Module, phase: Phase, step: int, generator: torch.Generator) -> Losses:
         assert isinstance(model, AutoencoderKL)
         scenes = scenes_at(VAE_LOOP.seed, step, phase.batch_size)
-        allowed = (VAE_WHOLE,) if phase.size == VAE_WHOLE else SIDES
-        sides = [allowed[int(i)] for i in torch.randint(0, len(allowed), (phase.batch_size,), generator=generator)]
-        picture_BCHW = crops_of(scenes, [windows(1, side, phase.size, generator)[0] for side in sides])
-        picture_BCHW = picture_BCHW.to(device_of(model))
+        sides = [SIDES[int(i)] for i in torch.randint(0, len(SIDES), (phase.batch_size,), generator=generator)]
+        seen = [_with_an_edge(scene, side, phase.size, generator) for scene, side in zip(scenes, sides, strict=True)]
+        picture_BCHW = torch.cat(seen).to(device_of(model))
         (latent,) = model.encode(picture_BCHW, return_dict=False)
         moved_BZhw = latent.mean.float() + latent.std.float() * torch.randn(latent.mean.shape, generator=generator).to(
             picture_BCHW.device
@@ -137,6 +149,15 @@ def holding_loss() -> Any:
         }
 
     return loss_of
+
+
+def _with_an_edge(scene: tuple[Scene, Caption], size: int, side: int, generator: torch.Generator) -> Tensor:
+    """A window by lot, [1, C, H, W]; of a few, the first that an edge goes through."""
+    for _ in range(TRIES):
+        picture_1CHW = crops_of([scene], windows(1, size, side, generator))
+        if near_edges(picture_1CHW, 0).any():
+            break
+    return picture_1CHW
 
 
 @torch.no_grad()
@@ -205,17 +226,21 @@ def upscaling_loss(vae: AutoencoderKL, tokenizer: Any) -> Any:
     """v-prediction (arXiv:2202.00512) of latents, told the noisy 256 px picture, for `Trainer`."""
     schedule = NoiseSchedule.scaled_linear()
     density_T = torch.ones(len(schedule))
+    weight_T = (1 - schedule.alpha_bar_T).to(device_of(vae))  # a velocity's error counts as the clean latents' does
 
     def loss_of(model: nn.Module, phase: Phase, step: int, generator: torch.Generator) -> Losses:
         assert isinstance(model, Upscaler)
         device, batch = device_of(model), phase.batch_size
         scenes = scenes_at(LOOP.seed, step, batch)
-        large = WHOLE if phase.size == WHOLE else LARGE
-        crops = windows(batch, large, phase.size, generator, multiple=4)
-        low_crops = [Crop(large // 4, crop.top // 4, crop.left // 4, crop.side // 4) for crop in crops]
+        sides = [max(phase.size, SIDES[int(i)]) for i in torch.randint(0, len(SIDES), (batch,), generator=generator)]
+        sides = [WHOLE] * batch if phase.size == WHOLE else sides
+        crops = [windows(1, side, phase.size, generator, multiple=4)[0] for side in sides]
+        low_crops = [Crop(crop.size // 4, crop.top // 4, crop.left // 4, crop.side // 4) for crop in crops]
         clean_BZhw = _latents(vae, crops_of(scenes, crops).to(device))
-        low_BChw = worn(crops_of(scenes, low_crops), generator)
-        level_B = torch.randint(0, MOST_NOISE, (batch,), generator=generator)
+        small_BChw = crops_of(scenes, low_crops)
+        cells = max(phase.size // 4 // CELL, 2)
+        low_BChw = worn(bent(small_BChw, generator, most=BENT, cells=cells), generator)
+        level_B = some_levels(batch, MOST_NOISE, generator)
         low_BChw = schedule.noised(low_BChw, torch.randn(low_BChw.shape, generator=generator), level_B)
         texts = texts_of(scenes, generator)
 
@@ -227,7 +252,9 @@ def upscaling_loss(vae: AutoencoderKL, tokenizer: Any) -> Any:
         text_BLD = model.text_encoder(ids_BL.to(device))[0]
         out_BZhw = model.unet(noisy_BZhw, t_B, text_BLD, level_B, return_dict=False)[0]
         error_BZhw = out_BZhw.float() - schedule.velocity(clean_BZhw, noise_BZhw, t_B)
-        return {"velocity": error_BZhw.square().mean()}
+        edge_weight = 0.0 if phase == LOOP.phases[-1] else EDGE_WEIGHT
+        near_B1hw = 1 + edge_weight * near_edges(small_BChw, NEAR).to(device)
+        return {"velocity": (weight_T[t_B].view(-1, 1, 1, 1) * near_B1hw * error_BZhw.square()).mean()}
 
     return loss_of
 

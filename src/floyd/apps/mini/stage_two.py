@@ -53,12 +53,17 @@ OFFSET = 0.1  # standard deviation of the noise's mean
 # Of the noise's error at the noisy end. The small picture tells the clean one at every noise level: so may the loss.
 MOST_WEIGHT = 200.0
 FINISH_SNR = 100.0  # of whole pictures, up to which the noise itself is asked for: less leaves grain
-MOST_NOISE = 400  # highest noise level of the input in training
+MOST_NOISE = 400  # highest noise level of the input in training; low ones are seen most
+BENT = 0.5  # pixels of the input by which its outlines stray at most (standard deviation)
+CELLS = 20  # of the field that bends them, along a side
+EDGE_WEIGHT = 2.0  # of a pixel within NEAR of an edge, over all others
+NEAR = 3
 LOOP = LoopConfig(
     phases=(
         Phase(num_steps=1100, batch_size=16, size=64, rate=1e-3, last_rate=1e-3),
         Phase(num_steps=340, batch_size=3, size=LARGE, rate=8e-4, last_rate=1e-5),
         Phase(num_steps=180, batch_size=3, size=LARGE, rate=5e-4, last_rate=1e-5),
+        Phase(num_steps=1500, batch_size=3, size=LARGE, rate=8e-4, last_rate=1e-5),
     ),
     optimizer="muon",
     ema_decay=0.995,
@@ -99,6 +104,32 @@ def worn(picture_BCHW: Tensor, generator: torch.Generator) -> Tensor:
     return (picture_BCHW + tint_BC11 * lot_B111[1] + grain_BCHW).clamp(-1, 1)
 
 
+def bent(picture_BCHW: Tensor, generator: torch.Generator, *, most: float, cells: int) -> Tensor:
+    """Pictures whose outlines wobble, as a sampler draws them: moved by a smooth field, by up to `most` pixels.
+
+    The target stays straight and round, and so the network learns what outlines are, not to trust its input's.
+    """
+    batch, _, height, width = picture_BCHW.shape
+    amount_B111 = most * torch.rand(batch, 1, 1, 1, generator=generator)
+    lattice_B2NN = amount_B111 * torch.randn(batch, 2, cells, cells, generator=generator)
+    moved_B2HW = F.interpolate(lattice_B2NN, (height, width), mode="bicubic", align_corners=True)
+    own_HW2 = torch.stack(torch.meshgrid(torch.arange(width) + 0.5, torch.arange(height) + 0.5, indexing="xy"), dim=-1)
+    places_BHW2 = (own_HW2 + moved_B2HW.permute(0, 2, 3, 1)) * 2 / torch.tensor([width, height]) - 1
+    return F.grid_sample(picture_BCHW, places_BHW2, padding_mode="border", align_corners=False)
+
+
+def some_levels(batch: int, most: int, generator: torch.Generator) -> Tensor:
+    """Noise levels below `most`, low ones more often."""
+    return (most * torch.rand(batch, generator=generator) ** 3).long()
+
+
+def near_edges(picture_BCHW: Tensor, within: int) -> Tensor:
+    """Which pixels lie on an edge or so near to one: [B, 1, H, W] in {0, 1}."""
+    spread_BCHW = F.max_pool2d(picture_BCHW, 3, 1, 1) + F.max_pool2d(-picture_BCHW, 3, 1, 1)
+    is_edge_B1HW = (spread_BCHW.amax(dim=1, keepdim=True) > 0.25).float()
+    return F.max_pool2d(is_edge_B1HW, 2 * within + 1, stride=1, padding=within)
+
+
 def enlarging_loss(embed: Embed) -> Any:
     """The hybrid loss of stage II for `Trainer`."""
     schedule = NoiseSchedule.cosine()
@@ -111,16 +142,15 @@ def enlarging_loss(embed: Embed) -> Any:
         scenes = scenes_at(LOOP.seed, step, batch)
         crops = windows(batch, LARGE, phase.size, generator)
         clean_BCHW = crops_of(scenes, crops)
-        low_BCHW = F.interpolate(
-            worn(pictures_of(scenes, SMALL), generator), (LARGE, LARGE), mode="bilinear", align_corners=True
-        )
+        small_BChw = bent(pictures_of(scenes, SMALL), generator, most=BENT, cells=CELLS)
+        low_BCHW = F.interpolate(worn(small_BChw, generator), (LARGE, LARGE), mode="bilinear", align_corners=True)
         low_BCHW = torch.stack(
             [
                 whole[:, crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
                 for whole, crop in zip(low_BCHW, crops, strict=True)
             ]
         )
-        level_B = torch.randint(0, MOST_NOISE, (batch,), generator=generator)
+        level_B = some_levels(batch, MOST_NOISE, generator)
         low_BCHW = schedule.noised(low_BCHW, torch.randn(low_BCHW.shape, generator=generator), level_B)
         text_BLE = embed(texts_of(scenes, generator)).to(device)
 
@@ -129,9 +159,9 @@ def enlarging_loss(embed: Embed) -> Any:
         noise_BCHW = offset_noise(clean_BCHW.shape, generator).to(device)
         noisy_BCHW = torch.cat([schedule.noised(clean_BCHW, noise_BCHW, t_B), low_BCHW], dim=1)
         out_BCHW = model(noisy_BCHW, t_B, text_BLE, level_B, return_dict=False)[0]
-        simple_B, bound_B = hybrid_loss(
-            out_BCHW, clean_BCHW, noise_BCHW, t_B, schedule, finish_T if phase.size == LARGE else weight_T
-        )
+        snr_T = finish_T if phase.size == LARGE else weight_T
+        near_B1HW = 1 + EDGE_WEIGHT * near_edges(clean_BCHW, NEAR)
+        simple_B, bound_B = hybrid_loss(out_BCHW, clean_BCHW, noise_BCHW, t_B, schedule, snr_T, near_B1HW)
         return {"noise": simple_B.mean(), "variance": bound_B.mean()}
 
     return loss_of
