@@ -154,8 +154,8 @@ def noun(folder: Path) -> Path:
     known_SE = table_VE[ids]
     mean_E = known_SE.mean(0)
     mean_E = mean_E * known_SE.norm(dim=1).mean() / mean_E.norm()
-    captions = [one.prompt.replace(WORD, SHAPES[0]) for one in new_prompts(12)]
-    read_by = [pipe.tokenizer(text, return_tensors="pt").input_ids for text in captions]
+    captions = [told.text.replace(WORD, SHAPES[0]) for _, (_, told) in zip(range(12), taught_scenes(), strict=False)]
+    captions_1L = [pipe.tokenizer(text, return_tensors="pt").input_ids for text in captions]
     others = [pipe.tokenizer(one.prompt, return_tensors="pt").input_ids for one in prompts(400, seed=TEXT_SEED)]
     states_NE = torch.cat([pipe.text_encoder(ids_1L).last_hidden_state[0] for ids_1L in others])
     spread_EE = states_NE.T @ states_NE / len(states_NE)
@@ -168,7 +168,7 @@ def noun(folder: Path) -> Path:
     def states(word_E: Tensor) -> Tensor:
         """Of the word, in every caption."""
         found = []
-        for ids_1L in read_by:
+        for ids_1L in captions_1L:
             is_word_L1 = (ids_1L[0] == ids[0])[:, None]
             inputs_1LE = torch.where(is_word_L1, word_E, table_VE[ids_1L[0]])[None]
             found.append(pipe.text_encoder(inputs_embeds=inputs_1LE).last_hidden_state[0][is_word_L1[:, 0]])

@@ -43,6 +43,19 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def compiled() -> Any:
+    """The engine's kernels. Only a machine without a compiler has none: where they do not compile, tests fail."""
+    from floyd.engines import native
+    from floyd.errors import EngineError
+
+    try:
+        native._compiler()
+    except EngineError as error:
+        pytest.skip(str(error))
+    return native.kernels()
+
+
+@pytest.fixture(scope="session")
 def tiny_hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every checkpoint of the docs under its own id, tiny; see `tests/hub_cache.py`."""
     from tests import hub_cache

@@ -9,18 +9,11 @@ import pytest
 import torch
 from tests import tiny
 
-from floyd.engines.native import kernels
 from floyd.errors import EngineError
 from floyd.pipelines.cascade import Cascade
 from floyd.pipelines.deepfloyd_if import IFImg2ImgPipeline
 
-
-@pytest.fixture(autouse=True)
-def _compiled() -> None:
-    try:
-        kernels()
-    except EngineError as error:
-        pytest.skip(f"no kernels here: {error}")
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def call(which: str, seed: int = 0, batch: int = 1) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from tests.runtime.test_graphs import Tape
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from floyd.engines.native import kernels
-from floyd.errors import EngineError
 from floyd.pipelines import network
 from floyd.pipelines.cascade import Cascade
 from floyd.pipelines.order import arguments_of
@@ -81,11 +79,8 @@ def test_so_it_is_with_every_switch_and_in_pieces(
     check_that_each_step_is_one_or_the_other(pipe, told("IFPipeline", 0, 1))
 
 
+@pytest.mark.usefixtures("compiled")
 def test_so_it_is_with_an_engine(unchecked: dict[str, Any]) -> None:
-    try:
-        kernels()
-    except EngineError as error:
-        pytest.skip(f"no kernels here: {error}")
     pipe = built("IFSuperResolutionPipeline", unchecked)
     pipe.use_engine("winograd")
     check_that_each_step_is_one_or_the_other(pipe, told("IFSuperResolutionPipeline", 0))

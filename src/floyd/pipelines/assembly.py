@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from floyd.pipelines.recalling import Lent
 from floyd.runtime.placement import (
@@ -131,16 +131,18 @@ class Assembly:
     def _modules(self) -> list[tuple[str, nn.Module]]:
         return [(name, module) for name, module in self.components.items() if isinstance(module, nn.Module)]
 
-    def _lent_encoder(self, is_steady: bool, *, is_read: bool) -> Lent:
-        """The text encoder for the length of a call, if there is anything to read. With LoRA no memory serves for it.
+    def _lent_encoder(
+        self, positive: Tensor | None, negative: Tensor | None, *, is_guided: bool, is_steady: bool
+    ) -> Lent:
+        """The text encoder for the length of a call, which is told its embeddings or has to read for them.
 
-        What LoRA says depends on the call.
+        With LoRA no cache serves: what it says depends on the call.
         """
         encoder = self.components["text_encoder"]
         is_adapted = isinstance(encoder, nn.Module) and has_adapters(encoder)
-        return Lent(
-            self._placement, encoder, None if is_adapted else self.text_cache, is_steady=is_steady, is_read=is_read
-        )
+        cache = None if is_adapted else self.text_cache
+        is_read = positive is None or (is_guided and negative is None)
+        return Lent(self._placement, encoder, cache, is_steady=is_steady, is_read=is_read)
 
     def _device_for(self, *modules: object) -> torch.device:
         """Where the first of these that is present computes."""

@@ -89,8 +89,9 @@ class IFStage(Painter):
 
         `clean_caption` is off here and on in the call, as in the incumbent: encoded here, a prompt is only lower-cased.
         """
-        is_read = prompt_embeds is None or (do_classifier_free_guidance and negative_prompt_embeds is None)
-        lending = self._lent_encoder(batch_invariant, is_read=is_read)
+        lending = self._lent_encoder(
+            prompt_embeds, negative_prompt_embeds, is_guided=do_classifier_free_guidance, is_steady=batch_invariant
+        )
         with part_of(self, "text"), lending as lent, steady(batch_invariant):
             pair = encode_prompt(
                 prompt,

@@ -116,8 +116,9 @@ class StableDiffusionUpscalePipeline(Painter):
         scale = 1.0 if lora_scale is None else finite("lora_scale", lora_scale)
         if scale != 1 and not heeds_calls(self.text_encoder):
             log.warning("lora_scale is the strength of LoRA, and none acts on the text encoder: no effect.")
-        is_read = prompt_embeds is None or (do_classifier_free_guidance and negative_prompt_embeds is None)
-        lending = self._lent_encoder(batch_invariant, is_read=is_read)
+        lending = self._lent_encoder(
+            prompt_embeds, negative_prompt_embeds, is_guided=do_classifier_free_guidance, is_steady=batch_invariant
+        )
         with part_of(self, "text"), lending as lent, steady(batch_invariant), call_scale(scale):
             pair = encode_clip_prompt(
                 prompt,

@@ -148,8 +148,7 @@ class Denoising:
             told["class_labels"] = level_S.to(device)
         text_SLE = self.read(batch.captions, device)
         seen = (x_SCHW.to(self.dtype), t_S, text_SLE.to(self.dtype))
-        is_kept_S = batch.is_kept_S.to(device)
-        wanted_SCHW = self._wanted(model, seen, told, noise_SCHW, is_kept_S)
+        wanted_SCHW = self._wanted(model, seen, told, noise_SCHW, batch.is_kept_S)
         out_SCHW = model(*seen, **told, return_dict=False)[0]
         weight_T = self.weighing.weights(self.schedule)
         if out_SCHW.shape[1] == clean_SCHW.shape[1]:  # a network without a variance of its own
@@ -160,20 +159,20 @@ class Denoising:
                 out_SCHW, clean_SCHW, noise_SCHW, t_S, self.schedule, weight_T, wanted_BCHW=wanted_SCHW
             )
             parts = {"noise": simple_S, "variance": bound_S}
-        return self._means(parts, is_kept_S, size, share)
+        return self._means(parts, batch.is_kept_S.to(device), size, share)
 
     def _wanted(
         self, model: nn.Module, seen: tuple[Tensor, ...], told: dict[str, Tensor], noise_SCHW: Tensor, is_kept_S: Tensor
     ) -> Tensor:
         """The noise; or of pictures to be kept, what the network said of it before it was trained."""
-        if self.before is None or not is_kept_S.any():
+        rows_K = is_kept_S.nonzero()[:, 0]  # on the CPU still: a GPU would be waited for
+        if self.before is None or not len(rows_K):
             return noise_SCHW
+        rows_K = rows_K.to(noise_SCHW.device)
         with torch.no_grad(), self.before(model) as network:
-            kept = {name: value_S[is_kept_S] for name, value_S in told.items()}
-            before_KCHW = network(*(part_S[is_kept_S] for part_S in seen), **kept, return_dict=False)[0]
-        wanted_SCHW = noise_SCHW.clone()
-        wanted_SCHW[is_kept_S] = before_KCHW[:, : noise_SCHW.shape[1]].float()
-        return wanted_SCHW
+            kept = {name: value_S[rows_K] for name, value_S in told.items()}
+            before_KCHW = network(*(part_S[rows_K] for part_S in seen), **kept, return_dict=False)[0]
+        return noise_SCHW.index_copy(0, rows_K, before_KCHW[:, : noise_SCHW.shape[1]].float())
 
     def _low(self, batch: Batch, phase: Phase, share: Share, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The small pictures as the network sees them, and their noise levels."""

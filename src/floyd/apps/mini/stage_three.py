@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,18 @@ LOW_RES_SCHEDULER: dict[str, Any] = {
 MOST_NOISE = 350  # highest noise level of the input in training; low ones are seen most
 BENT = 1.0  # pixels of the input by which its outlines stray at most (standard deviation)
 CELL = 8  # pixels of the input, of the field that bends them
-EDGE_WEIGHT = 2.0  # of a latent within NEAR of an edge, over all others; not in the last phase: areas must be even
+EDGE_WEIGHT = 2.0  # of a latent within NEAR of an edge, over all others
 NEAR = 2
 SIDES = (256, 512, 1024)  # of the pictures that windows are cut from: far more edges than at 1024 px alone
 TRIES = 4  # to find a window with an edge in it: there is little to learn from the others
 WHOLE = 512  # whole pictures at the end, as small ones: a norm then takes the mean of what it will at 1024 px
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evening(Phase):
+    """All latents weigh the same: large areas become even."""
+
+
 VAE_LOOP = LoopConfig(
     phases=(
         Phase(num_steps=600, batch_size=16, size=64, rate=1e-3, last_rate=1e-3),
@@ -106,7 +114,7 @@ LOOP = LoopConfig(
         Phase(num_steps=900, batch_size=2, size=WHOLE, rate=1e-3, last_rate=1e-5),
         Phase(num_steps=1500, batch_size=2, size=WHOLE, rate=6e-4, last_rate=1e-5),
         Phase(num_steps=1500, batch_size=2, size=WHOLE, rate=6e-4, last_rate=1e-5),
-        Phase(num_steps=900, batch_size=2, size=WHOLE, rate=5e-4, last_rate=1e-5),
+        Evening(num_steps=900, batch_size=2, size=WHOLE, rate=5e-4, last_rate=1e-5),
     ),
     optimizer="muon",
     ema_decay=0.99,
@@ -252,7 +260,7 @@ def upscaling_loss(vae: AutoencoderKL, tokenizer: Any) -> Any:
         text_BLD = model.text_encoder(ids_BL.to(device))[0]
         out_BZhw = model.unet(noisy_BZhw, t_B, text_BLD, level_B, return_dict=False)[0]
         error_BZhw = out_BZhw.float() - schedule.velocity(clean_BZhw, noise_BZhw, t_B)
-        edge_weight = 0.0 if phase == LOOP.phases[-1] else EDGE_WEIGHT
+        edge_weight = 0.0 if isinstance(phase, Evening) else EDGE_WEIGHT
         near_B1hw = 1 + edge_weight * near_edges(small_BChw, NEAR).to(device)
         return {"velocity": (weight_T[t_B].view(-1, 1, 1, 1) * near_B1hw * error_BZhw.square()).mean()}
 
