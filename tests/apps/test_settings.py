@@ -34,6 +34,12 @@ def test_what_is_no_interval_is_refused(text: str) -> None:
         Settings.parsed(guidance_interval=text)
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_colours_are_kept_by_stages_that_enlarge(told: bool) -> None:
+    wanted = {"stage_1": {}, "stage_2": {"color_fix": told}, "stage_3": {"color_fix": told}}
+    assert Settings.parsed(color_fix=told).options(STAGES) == wanted
+
+
 def test_values_for_stages_that_do_not_run_are_left_over() -> None:
     assert Settings.parsed(steps="50,20,12").options(STAGES[:1]) == {"stage_1": {"num_inference_steps": 50}}
 

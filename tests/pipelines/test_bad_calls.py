@@ -275,6 +275,8 @@ TABLE: list[Row] = [
     ((*SECOND, "three"), "noise_level", True, "int in"),
     (("three",), "noise_level", 351, r"in \[0, 351\)"),
     (("three",), "noise_level", -1, r"in \[0, 351\)"),
+    ((SECOND[0], "three"), "color_fix", 1, "True or False"),
+    (("three",), "color_fix", None, "True or False"),
     # stage three alone
     (("three",), "latents", torch.zeros(1, 4, 8, 8), r"shape \[1, 4, 32, 32\]"),
     (("three",), "latents", [[0.0]], "tensor of floats"),

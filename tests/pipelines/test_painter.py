@@ -10,7 +10,7 @@ from tests import tiny
 from torch import nn
 
 from floyd.diffusion.engine import STOP
-from floyd.pipelines.painter import Task
+from floyd.pipelines.task import Task
 from floyd.runtime.placement import OneAtATime
 from floyd.runtime.switches import Switches
 

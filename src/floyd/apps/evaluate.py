@@ -304,7 +304,7 @@ class CascadePainter:
         text = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
         task = stage.task(**{**self._options[name], **image, **text, "generator": noise})
         *_, last = stage.watch(task)
-        finished = stage.finished(last.x_BCHW)
+        finished = stage.finished(last.x_BCHW, colors_BCHW=task.colors)
         pictures = finished.images("pil")
         return [
             Drawn(np.asarray(picture), handed) for picture, handed in zip(pictures, finished.picture_BCHW, strict=True)

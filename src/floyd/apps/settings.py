@@ -1,4 +1,4 @@
-"""How many steps, how much guidance and when: one value for all stages of a cascade, or one for each."""
+"""How many steps, how much guidance and when: one value for all stages of a cascade, or one for each; and colours."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ class Settings:
     steps: tuple[int | str, ...] = ()  # a number, or the name of a table such as "fast27"
     guidance: tuple[float, ...] = ()
     guidance_interval: tuple[Interval, ...] = ()
+    color_fix: bool | None = None  # for every stage that enlarges
 
     @classmethod
     def parsed(
-        cls, *, steps: str | None = None, guidance: str | None = None, guidance_interval: str | None = None
+        cls,
+        *,
+        steps: str | None = None,
+        guidance: str | None = None,
+        guidance_interval: str | None = None,
+        color_fix: bool | None = None,
     ) -> Self:
         """From "50" or "50,20,12"; intervals from "200-800" or "200-800,0-1000,0-1000"."""
         return cls(
@@ -31,6 +37,7 @@ class Settings:
             guidance_interval=_parsed(
                 "guidance_interval", guidance_interval, _interval, "two timesteps as in 200-800", "200-800,0-600,0-1000"
             ),
+            color_fix=color_fix,
         )
 
     def options(self, stages: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -42,6 +49,8 @@ class Settings:
             options[stage]["guidance_scale"] = guidance
         for stage, interval in _spread("guidance_interval", self.guidance_interval, stages).items():
             options[stage]["guidance_interval"] = interval
+        for stage in stages[1:] if self.color_fix is not None else ():
+            options[stage]["color_fix"] = self.color_fix
         return options
 
 

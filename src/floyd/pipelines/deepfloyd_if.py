@@ -39,6 +39,8 @@ and, by name alone, what the incumbent does not take:
     guidance_interval                        (low, high): guide only at timesteps of training from low on and below
                                              high, of 1000, the largest the noisiest; at others a step is half the work.
                                              Without guidance there is nothing that it could restrict
+    color_fix                                large areas get their colours from the picture that is enlarged, edges and
+                                             texture stay the network's (StableSR); super-resolution without a mask
     feather                                  over so many pixels, at the size of the stage, what is repainted fades in
                                              from the edge of what is kept; inpainting alone
     resamples                                1: what is kept stays clean at every noise level; more: it is noised like
@@ -62,7 +64,7 @@ from floyd.models.watermark import IFWatermarker
 from floyd.pipelines.if_stages import IFStage, IFSuperResolutionStage
 from floyd.pipelines.options import Action, StepEnd
 from floyd.pipelines.output import IFPipelineOutput
-from floyd.pipelines.painter import Task
+from floyd.pipelines.task import Task
 
 if TYPE_CHECKING:
     from floyd.images.convert import Pictures
@@ -256,6 +258,7 @@ class IFSuperResolutionPipeline(IFSuperResolutionStage):
         safety: Action = "black",
         batch_invariant: bool = False,
         guidance_interval: tuple[int, int] | None = None,
+        color_fix: bool = False,
     ) -> Result:
         """Enlarge. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
         return self._call(locals())
@@ -298,6 +301,7 @@ class IFImg2ImgSuperResolutionPipeline(IFSuperResolutionStage):
         safety: Action = "black",
         batch_invariant: bool = False,
         guidance_interval: tuple[int, int] | None = None,
+        color_fix: bool = False,
     ) -> Result:
         """Enlarge a variation. The arguments are described at the head of `floyd.pipelines.deepfloyd_if`."""
         return self._call(locals())

@@ -26,8 +26,9 @@ from floyd.pipelines.finish import Finished
 from floyd.pipelines.keeping import Kept
 from floyd.pipelines.options import MAX_SIDE, Options, check_noise_level, check_size, dtype_of
 from floyd.pipelines.output import IFInpaintingOutput, IFPipelineOutput
-from floyd.pipelines.painter import LowRes, Painter, Task
+from floyd.pipelines.painter import Painter
 from floyd.pipelines.pictures import masks, pictures
+from floyd.pipelines.task import LowRes, Task
 from floyd.pipelines.timed import part_of
 from floyd.text.prompts import T5_TOKENS, PromptPair, encode_prompt
 from floyd.text.tokens import teach
@@ -130,8 +131,9 @@ class IFStage(Painter):
     def _call(self, arguments: Mapping[str, Any]) -> IFPipelineOutput | tuple[Any, Any, Any]:
         with part_of(self, "other"):
             task, x_BCHW = self._run(arguments)
-            done = self.finished(x_BCHW, task.options.safety, batch_invariant=task.options.batch_invariant)
-            with steady(task.options.batch_invariant):
+            safety, is_steady = task.options.safety, task.options.batch_invariant
+            done = self.finished(x_BCHW, safety, batch_invariant=is_steady, colors_BCHW=task.colors)
+            with steady(is_steady):
                 output = _output(task, done)
         if task.options.return_dict:
             return output

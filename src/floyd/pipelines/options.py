@@ -61,6 +61,7 @@ class StageOptions(CallOptions, total=False):
     height: int | None
     width: int | None
     noise_level: int
+    color_fix: bool
     latents: Tensor | None
     clip_skip: int | None
     feather: int
@@ -92,6 +93,7 @@ class Options:
     safety: Action = "black"
     batch_invariant: bool = False
     guidance_interval: Sequence[int] | None = None
+    color_fix: bool = False
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -112,6 +114,7 @@ class Options:
         truth("return_dict", self.return_dict)
         truth("clean_caption", self.clean_caption)
         truth("batch_invariant", self.batch_invariant)
+        truth("color_fix", self.color_fix)
         if self.safety not in ACTIONS:
             raise ValueError(f"safety must be one of {', '.join(ACTIONS)}, got {self.safety!r}.")
         self._check_generators()

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 from threading import Event
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
@@ -17,26 +16,25 @@ import torch
 from torch import Tensor
 
 from floyd.adapters.attached import heeds_calls
-from floyd.diffusion.canvas import Canvas
-from floyd.diffusion.conditioning import Conditioning, low_res_condition
-from floyd.diffusion.engine import Moved, OnStep, denoise, moves
+from floyd.diffusion.conditioning import Conditioning
+from floyd.diffusion.engine import Moved
 from floyd.diffusion.guidance import Guidance, Network, Predict
 from floyd.diffusion.noise import Noise
 from floyd.diffusion.repaint import repainting
 from floyd.diffusion.samplers import Sampler
-from floyd.diffusion.schedule import NoiseSchedule
 from floyd.diffusion.timesteps import Step
 from floyd.engines.registry import prepared
+from floyd.images.colors import with_colors_of
 from floyd.pipelines.apart import Apart, each, predictor, steady
 from floyd.pipelines.finish import Finished, Judge
-from floyd.pipelines.keeping import Kept
 from floyd.pipelines.lora import LoraPipeline
 from floyd.pipelines.memory import Managed, first_line, make_room, restore, second_try, states_of
 from floyd.pipelines.network import Networks, is_ours
 from floyd.pipelines.options import Action, Options, StageOptions, check_interval, with_defaults
+from floyd.pipelines.task import Chain, Task, first, low_res
 from floyd.pipelines.timed import part_of, timed_network, timed_predict
 from floyd.pipelines.watching import Interrupts, Watcher
-from floyd.runtime.clock import in_part, part, passed_on
+from floyd.runtime.clock import in_part, passed_on
 from floyd.runtime.profile import Profile
 from floyd.store.layout import uncompiled
 from floyd.text.prompts import PromptPair
@@ -45,53 +43,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class LowRes:
-    """A super-resolution stage's input: the previous stage's picture, one for each image, and how much to noise it."""
-
-    picture_BCHW: Tensor
-    level: int
-    schedule: NoiseSchedule
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Task:
-    """One call: all of it checked, the text read, nothing painted."""
-
-    options: Options
-    text: PromptPair
-    canvas: Canvas
-    steps: tuple[Step, ...]
-    sampler: Sampler
-    low_res: LowRes | None = None
-    start_BCHW: Tensor | None = None  # instead of a draw
-    kept: Kept | None = None  # what an inpainting was given, to be put back
-
-
-@dataclass(frozen=True, eq=False)
-class Chain:
-    """Everything that `denoise` is handed."""
-
-    x_BCHW: Tensor
-    predict: Predict
-    sampler: Sampler
-    steps: tuple[Step, ...]
-    canvas: Canvas
-    noise: Noise
-    predict_for: Callable[[PromptPair], Predict]  # the same network, told another text
-
-    def run(self, on_step: OnStep | None = None) -> Tensor:
-        on_step = on_step and in_part("callbacks")(on_step)
-        with part("sampler", count=0):
-            return denoise(self.x_BCHW, self.predict, self.sampler, self.steps, self.canvas, self.noise, on_step)
-
-    def moves(self) -> Iterator[Moved]:
-        """The same, one step at a time, for whoever wants to watch or to stop."""
-        with part("sampler", count=0):
-            for moved in moves(self.x_BCHW, self.predict, self.sampler, self.steps, self.canvas, self.noise):
-                yield moved._replace(x_BCHW=self.canvas.blended(moved.x_BCHW)) if moved.step.is_last else moved
 
 
 class Painter(LoraPipeline, ABC):
@@ -156,25 +107,36 @@ class Painter(LoraPipeline, ABC):
         *,
         before: Finished | None = None,
         batch_invariant: bool = False,
+        colors_BCHW: Tensor | None = None,
     ) -> Finished:
         """What `watch` ended with as pictures, looked at by the safety checker.
 
         `before`: the same pictures before they were enlarged; what was unsafe then is treated as unsafe now.
+        `colors_BCHW`: the task's.
         """
 
         def finish() -> Finished:
             pixels_BCHW = each(self.decode, x_BCHW) if batch_invariant else self.decode(x_BCHW)
             with steady(batch_invariant):
+                pixels_BCHW = with_colors_of(colors_BCHW, pixels_BCHW)
                 return self._judge(one_by_one=batch_invariant).look(pixels_BCHW, safety, before=before)
 
         with part_of(self, "other"):
             return second_try(self, finish)
 
     @torch.no_grad()
-    def preview(self, clean_BCHW: Tensor, safety: Action = "black", *, before: Finished | None = None) -> list[Image]:
+    def preview(
+        self,
+        clean_BCHW: Tensor,
+        safety: Action = "black",
+        *,
+        before: Finished | None = None,
+        colors_BCHW: Tensor | None = None,
+    ) -> list[Image]:
         """Pictures of the "clean" that a callback is handed. What is unsafe is treated as in the end, but not told."""
         with part_of(self, "other"):
-            return self._judge().look(self.decode(clean_BCHW), safety, before=before, is_preview=True).pil()
+            pixels_BCHW = with_colors_of(colors_BCHW, self.decode(clean_BCHW))
+            return self._judge().look(pixels_BCHW, safety, before=before, is_preview=True).pil()
 
     def decode(self, x_BCHW: Tensor) -> Tensor:
         """From what is painted on to pixels."""
@@ -249,11 +211,11 @@ class Painter(LoraPipeline, ABC):
         unet = self._running(unet)
         with steady(is_apart):
             if self.draws_low_res_first:
-                extra = _low_res(task, noise)
-                x_BCHW = _first(task, noise)
+                extra = low_res(task, noise)
+                x_BCHW = first(task, noise)
             else:
-                x_BCHW = _first(task, noise)
-                extra = _low_res(task, noise)
+                x_BCHW = first(task, noise)
+                extra = low_res(task, noise)
 
         options, switches, timesteps = task.options, self.switches, [step.t for step in task.steps]
 
@@ -383,18 +345,3 @@ class Painter(LoraPipeline, ABC):
     def noise_levels(self) -> int:
         """How many noise levels there are for the picture to enlarge; 0 where none is enlarged."""
         return 0
-
-
-def _first(task: Task, noise: Noise) -> Tensor:
-    if task.start_BCHW is not None:
-        return task.start_BCHW
-    return task.canvas.first(task.sampler.schedule, task.steps[0].t, noise)
-
-
-def _low_res(task: Task, noise: Noise) -> tuple[Tensor, Tensor] | tuple[()]:
-    if task.low_res is None:
-        return ()
-    given, canvas = task.low_res, task.canvas
-    return low_res_condition(
-        given.picture_BCHW, canvas.sides, given.level, given.schedule, noise, extended=canvas.extended
-    )

@@ -23,7 +23,8 @@ from floyd.pipelines.finish import Finished
 from floyd.pipelines.memory import Managed
 from floyd.pipelines.options import Action, lora_scale
 from floyd.pipelines.order import Order
-from floyd.pipelines.painter import Painter, Task
+from floyd.pipelines.painter import Painter
+from floyd.pipelines.task import Task
 from floyd.pipelines.timed import part_of
 from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
 from floyd.runtime.clock import part
@@ -82,14 +83,15 @@ class Run:
                     index=i % num_steps,  # a second try begins again
                     num_steps=num_steps,
                     clean_BCHW=moved.clean_BCHW,
-                    preview=partial(_shown, name, stage, moved.clean_BCHW, safety, before),
+                    preview=partial(_shown, name, stage, moved.clean_BCHW, safety, before, task.colors),
                 )
                 if self.end.is_set():
                     break
         assert moved is not None, "a task has at least one step"
         self.is_whole = moved.step is task.steps[-1]
         x_BCHW = moved.x_BCHW if self.is_whole else moved.clean_BCHW
-        done = stage.finished(x_BCHW, safety, before=before, batch_invariant=self.order.batch_invariant)
+        told: dict[str, Any] = {"batch_invariant": self.order.batch_invariant, "colors_BCHW": task.colors}
+        done = stage.finished(x_BCHW, safety, before=before, **told)
         self.verdicts.append(done)
         self.pictures[name] = done.pil()
         yield StageDone(stage=name, pictures=self.pictures[name])
@@ -161,9 +163,16 @@ class Run:
                 drop_fetched(component)
 
 
-def _shown(name: str, stage: Painter, clean_BCHW: Tensor, safety: Action, before: Finished | None) -> list[Image]:
+def _shown(
+    name: str,
+    stage: Painter,
+    clean_BCHW: Tensor,
+    safety: Action,
+    before: Finished | None,
+    colors_BCHW: Tensor | None,
+) -> list[Image]:
     with part_of(stage, "other", stage=name):
-        return stage.preview(clean_BCHW, safety, before=before)
+        return stage.preview(clean_BCHW, safety, before=before, colors_BCHW=colors_BCHW)
 
 
 def _generators(seeds: tuple[int, ...], stage: str) -> list[torch.Generator]:

@@ -35,8 +35,9 @@ from floyd.pipelines.options import (
     lora_scale,
 )
 from floyd.pipelines.output import StableDiffusionPipelineOutput
-from floyd.pipelines.painter import LowRes, Painter, Task
+from floyd.pipelines.painter import Painter
 from floyd.pipelines.pictures import pictures
+from floyd.pipelines.task import LowRes, Task
 from floyd.pipelines.timed import decoding, part_of
 from floyd.runtime.sleeping import wake
 from floyd.text.prompts import PromptPair, clip_tokens, encode_clip_prompt
@@ -163,13 +164,15 @@ class StableDiffusionUpscalePipeline(Painter):
         safety: Action = "black",
         batch_invariant: bool = False,
         guidance_interval: tuple[int, int] | None = None,
+        color_fix: bool = False,
     ) -> StableDiffusionPipelineOutput | tuple[Any, Any]:
         """Enlarge four times.
 
         `image`: PIL pictures, arrays in [0, 1] or tensors in [-1, 1], one for each prompt. `noise_level` in
         [0, max_noise_level]: how much noise to add to it; more leaves more to invent. `latents`: start from these
         instead of noise. `output_type`: "pil", "np", "pt" (both in [0, 1]) or "latent" (not decoded). `clip_skip`:
-        leave out so many of CLIP's last layers. The others are described at the head of `floyd.pipelines.deepfloyd_if`.
+        leave out so many of CLIP's last layers. `color_fix` needs pixels, so no "latent". The others are described at
+        the head of `floyd.pipelines.deepfloyd_if`.
         """
         with part_of(self, "other"):
             return self._call(locals())
@@ -180,7 +183,8 @@ class StableDiffusionUpscalePipeline(Painter):
         if options.output_type == "latent" and self.safety_checker is None:
             output = StableDiffusionPipelineOutput(x_BZhw)
         else:
-            done = self.finished(x_BZhw, options.safety, batch_invariant=options.batch_invariant)
+            told: dict[str, Any] = {"batch_invariant": options.batch_invariant, "colors_BCHW": task.colors}
+            done = self.finished(x_BZhw, options.safety, **told)
             output = StableDiffusionPipelineOutput(
                 _images(x_BZhw, done, options.output_type),
                 done.nsfw,
@@ -260,6 +264,8 @@ class StableDiffusionUpscalePipeline(Painter):
     def _task(self, arguments: Mapping[str, Any]) -> Task:
         self._need("vae", "low_res_scheduler")
         options = self._options(arguments)
+        if options.color_fix and options.output_type == "latent":
+            raise ValueError('color_fix changes pixels, and output_type="latent" has none: leave one of them out.')
         low_res = self._low_res(arguments["image"], options, arguments["noise_level"])
         sampler, steps = self.steps_for(options)
         device = low_res.picture_BCHW.device

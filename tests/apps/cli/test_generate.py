@@ -96,6 +96,18 @@ def test_what_made_a_picture_makes_it_again(generate: Callable[..., Result], tmp
     assert names(tmp_path) == ["again.png", "picture.png", "stages/picture-48.png"]
 
 
+def test_colours_are_kept_if_told_and_the_file_says_so(generate: Callable[..., Result], tmp_path: Path) -> None:
+    given = ("--seed", "9", "--size", "96", "--steps", "2")
+    drawn = {}
+    for flag in ((), ("--color-fix",), ("--no-color-fix",)):
+        assert generate(*given, *flag).exit_code == 0
+        drawn[flag] = (pixels(tmp_path / "picture.png"), read_info(tmp_path / "picture.png").get("color_fix"))
+    (plain, said), (fixed, on), (unfixed, off) = drawn.values()
+    assert (said, on, off) == (None, "on", "off")
+    assert np.array_equal(plain, unfixed)
+    assert not np.array_equal(plain, fixed)
+
+
 def test_a_guidance_interval_is_kept_in_the_file_and_makes_the_picture_again(
     generate: Callable[..., Result], tmp_path: Path
 ) -> None:

@@ -74,6 +74,14 @@ GuideInterval = Annotated[
         show_default="at all",
     ),
 ]
+ColorFix = Annotated[
+    bool | None,
+    typer.Option(
+        "--color-fix/--no-color-fix",
+        help="Enlarged pictures keep the colours of the small one in large areas, or not.",
+        show_default="the checkpoint's own",
+    ),
+]
 QualityName = Annotated[
     str | None,
     typer.Option(
@@ -122,6 +130,7 @@ def generate(
     steps: Steps = None,
     guidance: Guide = None,
     guidance_interval: GuideInterval = None,
+    color_fix: ColorFix = None,
     negative_prompt: Negative = None,
     size: Size = None,
     count: Count = 1,
@@ -149,7 +158,9 @@ def generate(
             raise ValueError("The prompt is empty: say what the picture shows.")
         check_text("negative prompt", negative_prompt or "")
         files = Files.checked(output, count, stages_dir)
-        settings = Settings.parsed(steps=steps, guidance=guidance, guidance_interval=guidance_interval)
+        settings = Settings.parsed(
+            steps=steps, guidance=guidance, guidance_interval=guidance_interval, color_fix=color_fix
+        )
         wanted = parsed_size(size)
         cascade = load(
             model,
@@ -185,6 +196,7 @@ def generate(
         "model_hash": hash_of(model),
         **({} if variant is None else {"variant": variant}),
         **({} if quality is None else {"quality": quality}),
+        **({} if color_fix is None else {"color_fix": "on" if color_fix else "off"}),
         **({} if quantization is None else {"quantization": quantization}),
         **({} if engine is None else {"engine": engine}),
         "dtype": str(cascade.stages["stage_1"].dtype).removeprefix("torch."),

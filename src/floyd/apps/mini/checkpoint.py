@@ -19,8 +19,8 @@ from floyd.schedulers import DDIMScheduler, DDPMScheduler
 
 SAMPLING: dict[str, dict[str, Any]] = {  # how the built-in cascade is sampled unless told otherwise
     "stage_1": {"timesteps": "smart27", "guidance_scale": 1.5},
-    "stage_2": {"num_inference_steps": 12, "guidance_scale": 1.0, "noise_level": 20},
-    "stage_3": {"num_inference_steps": 8, "guidance_scale": 1.0, "noise_level": 0},
+    "stage_2": {"num_inference_steps": 12, "guidance_scale": 1.0, "noise_level": 20, "color_fix": True},
+    "stage_3": {"num_inference_steps": 8, "guidance_scale": 1.0, "noise_level": 0, "color_fix": True},
 }
 
 # Of stage II: the variance that it learns is too large at a few steps, which is seen as grain; the posterior's is not.

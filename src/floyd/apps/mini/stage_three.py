@@ -115,6 +115,7 @@ LOOP = LoopConfig(
         Phase(num_steps=1500, batch_size=2, size=WHOLE, rate=6e-4, last_rate=1e-5),
         Phase(num_steps=1500, batch_size=2, size=WHOLE, rate=6e-4, last_rate=1e-5),
         Evening(num_steps=900, batch_size=2, size=WHOLE, rate=5e-4, last_rate=1e-5),
+        Evening(num_steps=2000, batch_size=2, size=WHOLE, rate=6e-4, last_rate=1e-5),
     ),
     optimizer="muon",
     ema_decay=0.99,
