@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from floyd.errors import CheckpointError
 from floyd.store.lazy import Renamed
+from floyd.store.pages import cast
 from floyd.store.weights import some
 
 KEY = "quantization_config"  # of a component's configuration file
@@ -107,9 +108,9 @@ def pour(
         if name in layers and last != "bias":
             _take(layers[name], last, _checked(tensor, key, None if last == "weight" else own.dtype, place))
         elif isinstance(own, nn.Parameter) and own.is_floating_point():
-            _assign(model, key, _checked(tensor, key, None, place).to(precision(key)))
+            _assign(model, key, cast(_checked(tensor, key, None, place), precision(key)))
         else:
-            _assign(model, key, tensor.to(own.dtype))
+            _assign(model, key, cast(tensor, own.dtype))
 
 
 def check_keys(wanted: Collection[str], given: Collection[str], complaint: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from floyd.errors import CheckpointError
 from floyd.store import weights
 from floyd.store.naming import SAFE
+from floyd.store.pages import room
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -66,7 +67,7 @@ class Lying:
         return torch.stack(parts).view(self.dtype).view(-1, *self.shape[1:])
 
     def _bytes(self, start: int, count: int) -> Tensor:
-        content = torch.empty(count, dtype=torch.uint8)
+        content = room((count,), torch.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(start)
             view = content.numpy().data

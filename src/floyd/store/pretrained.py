@@ -21,6 +21,7 @@ from floyd.store.files import made, read_json, write_json
 from floyd.store.filling import KEY, fill, quantization_for, quantizing
 from floyd.store.layout import INDEX_NAME, floyd_version, read_index
 from floyd.store.lazy import Renamed
+from floyd.store.pages import cast
 from floyd.store.weights import some
 
 _DTYPES = {
@@ -204,7 +205,7 @@ class Model(Configured, nn.Module):
         state = Renamed(state, {key: key for key in state if key not in recomputed})
         _check_fit(wanted, state, f"{place} does not fit {type(self).__name__}")
         parameters = {name for name, _ in self.named_parameters()}
-        cast = {}
+        filled = {}
         for key, tensor in state.items():
             if key in parameters and wanted[key].is_floating_point():
                 if not tensor.is_floating_point():
@@ -212,10 +213,10 @@ class Model(Configured, nn.Module):
                         f"{place} is quantized: {key} is stored as {tensor.dtype}. Load the plain or fp16 weights and "
                         "quantize those."
                     )
-                cast[key] = tensor.to(dtype)
+                filled[key] = cast(tensor, dtype)
             else:
-                cast[key] = tensor.to(wanted[key].dtype)  # a watermark is stored as uint8 and drawn as float
-        self.load_state_dict(cast, assign=True)
+                filled[key] = cast(tensor, wanted[key].dtype)  # a watermark is stored as uint8 and drawn as float
+        self.load_state_dict(filled, assign=True)
         if left := [name for name, p in [*self.named_parameters(), *self.named_buffers()] if p.is_meta]:
             raise CheckpointError(f"{place} left {some(left)} of {type(self).__name__} without weights.")
 
