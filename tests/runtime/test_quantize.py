@@ -208,8 +208,9 @@ def test_the_output_layers_of_t5_compute_in_float32_under_half(name: str) -> Non
 @EACH
 @pytest.mark.parametrize("keys", [UNET_ONE, UNET_TWO, UNET_THREE], ids=["one", "two", "three"])
 def test_a_unet_predicts_nearly_the_same(name: str, keys: dict[str, Any]) -> None:
+    torch.manual_seed(0)
     unet = tiny.disturbed(UNet2DConditionModel(**known(keys)), 1)
-    sides = 2 * unet.config.side_multiple
+    sides = 8 * unet.config.side_multiple
     labels = None if unet.class_embedding is None else torch.tensor([3])
     width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
     told = (seeded(1, unet.config.in_channels, sides, sides), 500, seeded(1, 7, width), labels)
@@ -217,8 +218,9 @@ def test_a_unet_predicts_nearly_the_same(name: str, keys: dict[str, Any]) -> Non
         before = unet(*told).sample
         after = quantize(unet, name)(*told).sample
     assert apart(after, before) < {"int8": 0.03, "fp8": 0.15, "int4": 0.35}[name]
-    kinds = [type(layer) for layer in unet.modules()]
-    assert kinds.count(QuantizedConv2d) > kinds.count(nn.Conv2d) == 2, "all but the first and the last"
+    precise = {name.split(".")[-1] for name, layer in unet.named_modules() if type(layer) is nn.Conv2d}
+    assert precise == {"conv_in", "conv_out", "conv_shortcut"}
+    assert any(isinstance(layer, QuantizedConv2d) for layer in unet.modules())
 
 
 @EACH
@@ -287,5 +289,5 @@ def test_a_configuration_names_its_scheme() -> None:
     assert named_in({}) is None
     with pytest.raises(ConfigError, match="'bitsandbytes', which floyd does not read"):
         named_in({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}})
-    with pytest.raises(ConfigError, match="a newer one wrote them"):
-        named_in({"quantization_config": {**config_of("int4"), "version": 2}})
+    with pytest.raises(ConfigError, match="another one wrote them"):
+        named_in({"quantization_config": {**config_of("int4"), "version": 1}})
