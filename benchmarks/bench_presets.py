@@ -115,7 +115,8 @@ def deciding(guidance: float) -> list[Way]:
     def way(sampler: str, steps: int | str, **more: Any) -> Way:
         return Way(**{"sampler": sampler, "steps": steps, "guidance": guidance, **more})
 
-    return [way("DDPM", 100), way("Euler ancestral", 20), way("DDPM", "smart27"), way("Euler ancestral", 10)]
+    ancestral = [way("Euler ancestral", steps) for steps in (25, 20, 10, 50)]
+    return [way("DDPM", 100), *ancestral, way("DDPM", "smart27"), way("DDPM", 50)]
 
 
 # ------------------------------------------------------------------------------------------------------------ measures
@@ -277,7 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="*", choices=("deciding", *groups(1)), help="Only these.")
     parser.add_argument("--prompts", type=int, default=60)
-    parser.add_argument("--deciding", type=int, default=240, help="Prompts of the rows that decide.")
+    parser.add_argument("--deciding", type=int, default=480, help="Prompts of the rows that decide.")
     parser.add_argument("--student", type=Path, help="The unet folder of a network with its guidance distilled.")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="Keep what was painted here, and look here first.")
     parser.add_argument("--only", nargs="*", metavar="SAMPLER:STEPS", help="These, instead of the groups.")

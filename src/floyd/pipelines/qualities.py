@@ -28,7 +28,7 @@ QUALITIES: Mapping[Quality, Mapping[str, Sampling]] = MappingProxyType(
             "stage_3": Sampling(DDIMScheduler, 8),
         },
         "standard": {
-            "stage_1": Sampling(EulerAncestralDiscreteScheduler, 20),
+            "stage_1": Sampling(EulerAncestralDiscreteScheduler, 25),
             "stage_2": Sampling(DDPMScheduler, "smart27"),
             "stage_3": Sampling(DDIMScheduler, 20),
         },
