@@ -33,7 +33,7 @@ QUALITIES: Mapping[Quality, Mapping[str, Sampling]] = MappingProxyType(
             "stage_3": Sampling(DDIMScheduler, 20),
         },
         "quality": {
-            "stage_1": Sampling(DDPMScheduler, 50),
+            "stage_1": Sampling(EulerAncestralDiscreteScheduler, 50),
             "stage_2": Sampling(DDPMScheduler, 50),
             "stage_3": Sampling(DDIMScheduler, 75),
         },
