@@ -315,6 +315,7 @@ TABLE: list[Row] = [
     (("cascade",), "options", {"options": {"stage_1": 3}}, "dict of dicts"),
     (("cascade",), "noise", {"options": {"stage_2": {"noise": 1}}}, "does not take noise"),
     (("cascade",), "noise_level", {"options": {"stage_2": {"noise_level": 1000}}}, "noise_level of stage_2"),
+    (("cascade",), "color_fix", {"options": {"stage_2": {"color_fix": "yes"}}}, "color_fix of stage_2"),
     (("cascade",), "eta", {"options": {"stage_3": {"eta": -1.0}}}, r"in \[0, 1\]"),
     (("cascade",), "clip_skip", {"options": {"stage_3": {"clip_skip": 9}}}, r"in \[0, 3\]"),
     (("cascade",), "image", {"options": {"stage_2": {"image": None}}}, "the cascade itself decides"),

@@ -24,8 +24,7 @@ def test_a_prompt_without_a_text_encoder_says_so(ours: dict[str, Any]) -> None:
 
 
 def test_editors_know_the_same_names() -> None:
-    of_some = {"color_fix"}  # of stages that enlarge
-    assert set(CallOptions.__annotations__) == {f.name for f in fields(Options)} - of_some
+    assert set(CallOptions.__annotations__) == {f.name for f in fields(Options)}
 
 
 def test_every_stage_takes_only_names_that_editors_know() -> None:

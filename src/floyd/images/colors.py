@@ -25,18 +25,21 @@ def with_colors_of(small_BChw: Tensor | None, x_BCHW: Tensor, spread: float = SP
     if small_BChw is None:
         return x_BCHW
     pairs = zip(small_BChw.split(1), x_BCHW.split(1), strict=True)
-    return torch.cat([x_1CHW + _missing(small_1Chw.to(x_1CHW), x_1CHW, spread) for small_1Chw, x_1CHW in pairs])
+    return torch.cat(
+        [x_1CHW + _coarse_difference(small_1Chw.to(x_1CHW), x_1CHW, spread) for small_1Chw, x_1CHW in pairs]
+    )
 
 
-def _missing(small_1Chw: Tensor, x_1CHW: Tensor, spread: float) -> Tensor:
+def _coarse_difference(small_1Chw: Tensor, x_1CHW: Tensor, spread: float) -> Tensor:
     """By how much the coarse parts differ, at the size of `x`."""
     rows, columns = small_1Chw.shape[-2:]
     blur_hh, blur_ww = (_gaussian(side, spread).to(x_1CHW) for side in (rows, columns))
-    difference_1Chw = blur_hh @ (small_1Chw - _averaged(x_1CHW, (rows, columns))) @ blur_ww.T
+    difference_1Chw = blur_hh @ (small_1Chw - averaged(x_1CHW, (rows, columns))) @ blur_ww.T
     return F.interpolate(difference_1Chw, x_1CHW.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def _averaged(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+def averaged(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """The mean colours of so many rows and columns of fields, on any device."""
     is_whole = all(large % small == 0 for large, small in zip(x_BCHW.shape[-2:], size, strict=True))
     on_BCHW = x_BCHW if is_whole else x_BCHW.cpu()  # accelerators average over whole boxes alone
     return F.adaptive_avg_pool2d(on_BCHW, size).to(x_BCHW)

@@ -265,7 +265,8 @@ class IFSuperResolutionPipeline(IFSuperResolutionStage):
 
     def _task(self, arguments: Mapping[str, Any]) -> Task:
         options = self._options(arguments)
-        low_res = self._low_res(arguments["image"], options, arguments["noise_level"])
+        image, level, color_fix = (arguments[name] for name in ("image", "noise_level", "color_fix"))
+        low_res = self._low_res(image, options, level, color_fix=color_fix)
         size = self._enlarged_size(low_res.picture_BCHW, arguments["height"], arguments["width"])
         return self._prepared(options, self._blank(options, *size), low_res=low_res)
 
@@ -308,7 +309,8 @@ class IFImg2ImgSuperResolutionPipeline(IFSuperResolutionStage):
 
     def _task(self, arguments: Mapping[str, Any]) -> Task:
         options = self._options(arguments)
-        low_res = self._low_res(arguments["image"], options, arguments["noise_level"])
+        image, level, color_fix = (arguments[name] for name in ("image", "noise_level", "color_fix"))
+        low_res = self._low_res(image, options, level, color_fix=color_fix)
         canvas = self._painted(arguments["original_image"], options, "original_image")
         return self._prepared(options, canvas, strength=arguments["strength"], low_res=low_res)
 

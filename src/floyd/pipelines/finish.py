@@ -19,6 +19,7 @@ from torch import Tensor
 
 from floyd.diffusion.conditioning import apart
 from floyd.errors import SafetyError
+from floyd.images.colors import averaged
 from floyd.images.convert import pt_to_pil, to_output, to_unit
 from floyd.images.watermark import draw
 from floyd.models.safety import THRESHOLD, SafetyScores
@@ -217,8 +218,7 @@ def blackened(x_BCHW: Tensor) -> Tensor:
 
 def blurred(x_BCHW: Tensor) -> Tensor:
     """Beyond recognition: the mean colours of a few large fields, with soft borders between them."""
-    on_cpu_BCHW = x_BCHW.detach().float().cpu().clamp(-1, 1)  # accelerators pool to whole fractions of the size alone
-    fields = F.adaptive_avg_pool2d(on_cpu_BCHW, BLUR_CELLS)
+    fields = averaged(x_BCHW.detach().float().clamp(-1, 1), (BLUR_CELLS, BLUR_CELLS))
     return F.interpolate(fields, x_BCHW.shape[-2:], mode="bilinear", align_corners=False).to(x_BCHW)
 
 

@@ -24,7 +24,7 @@ from floyd.images.resize import resize_short_side, short_side_size
 from floyd.pipelines.apart import steady
 from floyd.pipelines.finish import Finished
 from floyd.pipelines.keeping import Kept
-from floyd.pipelines.options import MAX_SIDE, Options, check_noise_level, check_size, dtype_of
+from floyd.pipelines.options import MAX_SIDE, Options, check_noise_level, check_size, dtype_of, truth
 from floyd.pipelines.output import IFInpaintingOutput, IFPipelineOutput
 from floyd.pipelines.painter import Painter
 from floyd.pipelines.pictures import masks, pictures
@@ -263,10 +263,11 @@ class IFSuperResolutionStage(IFStage):
         self._need("image_noising_scheduler")
         return super()._options(arguments)
 
-    def _low_res(self, image: Any, options: Options, noise_level: int) -> LowRes:
+    def _low_res(self, image: Any, options: Options, noise_level: int, *, color_fix: bool = False) -> LowRes:
+        truth("color_fix", color_fix)
         level = check_noise_level(noise_level, self.noise_levels)
         x_BCHW = pictures(image, options).to(self._device_for(self.unet))
-        return LowRes(x_BCHW, level, self.image_noising_scheduler.schedule)
+        return LowRes(x_BCHW, level, self.image_noising_scheduler.schedule, color_fix)
 
     @property
     def noise_levels(self) -> int:

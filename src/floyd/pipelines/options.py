@@ -93,7 +93,6 @@ class Options:
     safety: Action = "black"
     batch_invariant: bool = False
     guidance_interval: Sequence[int] | None = None
-    color_fix: bool = False
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -114,7 +113,6 @@ class Options:
         truth("return_dict", self.return_dict)
         truth("clean_caption", self.clean_caption)
         truth("batch_invariant", self.batch_invariant)
-        truth("color_fix", self.color_fix)
         if self.safety not in ACTIONS:
             raise ValueError(f"safety must be one of {', '.join(ACTIONS)}, got {self.safety!r}.")
         self._check_generators()

@@ -90,6 +90,7 @@ def checked(name: str, stage: Painter, told: Mapping[str, Any]) -> dict[str, Any
     stage.steps_for(options)
     if (level := told.get("noise_level")) is not None:
         check_noise_level(level, stage.noise_levels, f"noise_level of {name}")
+    truth(f"color_fix of {name}", told.get("color_fix", False))
     if isinstance(stage, StableDiffusionUpscalePipeline):
         stage.check_clip_skip(told.get("clip_skip"))
     return dict(told)

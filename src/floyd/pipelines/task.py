@@ -31,6 +31,7 @@ class LowRes:
     picture_BCHW: Tensor
     level: int
     schedule: NoiseSchedule
+    keeps_colors: bool = False  # in large areas of the result
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +50,7 @@ class Task:
     @property
     def colors(self) -> Tensor | None:
         """The small picture whose colours the result is to have."""
-        return self.low_res.picture_BCHW if self.low_res is not None and self.options.color_fix else None
+        return self.low_res.picture_BCHW if self.low_res is not None and self.low_res.keeps_colors else None
 
 
 @dataclass(frozen=True, eq=False)

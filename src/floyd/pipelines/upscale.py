@@ -33,6 +33,7 @@ from floyd.pipelines.options import (
     dtype_of,
     finite,
     lora_scale,
+    truth,
 )
 from floyd.pipelines.output import StableDiffusionPipelineOutput
 from floyd.pipelines.painter import Painter
@@ -264,9 +265,7 @@ class StableDiffusionUpscalePipeline(Painter):
     def _task(self, arguments: Mapping[str, Any]) -> Task:
         self._need("vae", "low_res_scheduler")
         options = self._options(arguments)
-        if options.color_fix and options.output_type == "latent":
-            raise ValueError('color_fix changes pixels, and output_type="latent" has none: leave one of them out.')
-        low_res = self._low_res(arguments["image"], options, arguments["noise_level"])
+        low_res = self._low_res(arguments["image"], options, arguments["noise_level"], arguments["color_fix"])
         sampler, steps = self.steps_for(options)
         device = low_res.picture_BCHW.device
         height, width = low_res.picture_BCHW.shape[-2:]
@@ -312,7 +311,10 @@ class StableDiffusionUpscalePipeline(Painter):
         if clip_skip < 0 or (layers is not None and clip_skip > layers):
             raise ValueError(f"clip_skip must be in [0, {'...' if layers is None else layers}], got {clip_skip}.")
 
-    def _low_res(self, image: Any, options: Options, noise_level: int) -> LowRes:
+    def _low_res(self, image: Any, options: Options, noise_level: int, color_fix: bool) -> LowRes:
+        truth("color_fix", color_fix)
+        if color_fix and options.output_type == "latent":
+            raise ValueError('color_fix changes pixels, and output_type="latent" has none: leave one of them out.')
         level = check_noise_level(noise_level, self.noise_levels)
         x_BCHW = pictures(image, options)
         for side, length in zip(("height", "width"), x_BCHW.shape[2:], strict=True):
@@ -322,7 +324,7 @@ class StableDiffusionUpscalePipeline(Painter):
                 "image is a tensor without a negative value. Tensors are read as [-1, 1]: if this one is in [0, 1], "
                 "pass 2 * image - 1."
             )
-        return LowRes(x_BCHW.to(self._device_for(self.unet)), level, self.low_res_scheduler.schedule)
+        return LowRes(x_BCHW.to(self._device_for(self.unet)), level, self.low_res_scheduler.schedule, color_fix)
 
     @property
     def factor(self) -> int:
