@@ -64,8 +64,16 @@ def _told(preset: dict[str, Any]) -> dict[str, Any]:
     return preset if named is None else {**preset, "timesteps": list(TABLES[named])}
 
 
+def built_in() -> Cascade:
+    """Without what diffusers has not."""
+    cascade = Cascade.built_in()
+    for preset in cascade.presets.values():
+        preset.pop("color_fix", None)
+    return cascade
+
+
 def ours(clock: str, engine: str | None) -> Callable[[], Painted]:
-    cascade, now = Cascade.built_in(), CLOCKS[clock]
+    cascade, now = built_in(), CLOCKS[clock]
     for stage in cascade.stages.values():
         stage.set_progress_bar_config(disable=True)
     cascade.use_engine(engine)
@@ -83,7 +91,7 @@ def ours(clock: str, engine: str | None) -> Callable[[], Painted]:
 
 
 def measured(only: list[str], rounds: int, clock: str) -> dict[str, Any]:
-    painters: dict[str, Callable[[], Painted]] = {"diffusers": incumbent(clock, Cascade.built_in().presets)}
+    painters: dict[str, Callable[[], Painted]] = {"diffusers": incumbent(clock, built_in().presets)}
     for name, engine in (("floyd", None), ("floyd winograd", "winograd"), ("floyd openvino", "openvino")):
         try:
             if not only or name in only:

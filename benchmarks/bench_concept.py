@@ -66,7 +66,7 @@ WEIGHING = {"snr_gamma": 100.0, "snr_floor": 0.2, "noisy_share": 0.5}
 COMMON: dict[str, Any] = {"caption_dropout": 0.0, "warmup": 10, "last_rate": 0.02, "ema": 0.98, **WEIGHING}
 LORA: dict[str, Any] = {"rate": 6e-3, "rank": 6, "alpha": 8.0, "targets": LAYERS}
 METHODS: dict[str, dict[str, Any]] = {
-    "two rounds": {**LORA, "method": "dreambooth", "steps": 700, "batch": 16, "prior": "network", "prior_weight": 4.0},
+    "two rounds": {**LORA, "method": "dreambooth", "steps": 750, "batch": 16, "prior": "network", "prior_weight": 4.0},
     "lora": {**LORA, "method": "lora", "rate": 4e-3, "steps": 600, "batch": 12},
     "dreambooth": {**LORA, "method": "dreambooth", "steps": 400, "batch": 16, "prior_weight": 2.0},
     "textual-inversion": {"method": "textual-inversion", "rate": 2e-2, "steps": 100, "batch": 6, "tokens": (WORD,),
@@ -311,7 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--prompts", type=int, default=96)
-    parser.add_argument("--old", type=int, default=96)
+    parser.add_argument("--old", type=int, default=288)
     parser.add_argument("--folder", type=Path, default=Path("concept"))
     options = parser.parse_args()
     wanted = new_prompts(options.prompts)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 from tests.engines.networks import NETWORKS, given, network, relative, stepped
 from torch import nn
 
-from floyd.engines.native import Kernels
+from floyd.engines.native import Kernels, kernels
 from floyd.engines.winograd import WinogradUNet, prepared
 from floyd.errors import EngineError
 from floyd.runtime.threads import one_thread
@@ -40,6 +42,37 @@ def test_a_latent_network_takes_odd_sizes() -> None:
     unet = network("upscaler")
     inputs = given(unet, size=(13, 7))
     assert relative(stepped(prepared(unet), *inputs), stepped(unet, *inputs)) < EXACT
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are numbered in turn on Linux")
+def test_a_step_starts_no_threads() -> None:
+    """A parallel region inside another makes new ones each time, and they fight with those that wait for work."""
+    unet = network()
+    x_BCHW, text_BLE, _ = given(unet, size=(16, 16))
+    engine = prepared(unet)
+    if not kernels().has_threads:
+        pytest.skip("compiled without OpenMP")
+    usual = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        context = engine.read(text_BLE)
+        engine.step(x_BCHW, 5, context)  # this one may
+        started = []
+        for _ in range(5):  # other processes start some as well, but not always
+            before = number_of_a_new_thread()
+            engine.step(x_BCHW, 5, context)
+            started.append(number_of_a_new_thread() - before - 1)
+    finally:
+        torch.set_num_threads(usual)
+    assert min(started) < 5
+
+
+def number_of_a_new_thread() -> int:
+    thread = Thread(target=lambda: None)
+    thread.start()
+    thread.join()
+    assert thread.native_id is not None
+    return thread.native_id
 
 
 def test_tokens_that_do_not_count_are_not_looked_at() -> None:

@@ -166,12 +166,16 @@ template <class F>
 static inline void conv3_by(const Op& op, float* work, int threads) {
   const Tiling<F> tiling(op);
   const int64_t blocks = tiling.blocks();
-  const bool shares = blocks < 2 * threads;  // the threads work on one block together
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && !shares)
-  for (int64_t i = 0; i < blocks; i++) {
-    const int64_t first = i * tiling.block, count = std::min(tiling.block, tiling.count - first);
-    float* own = shares ? work : work + thread_number() * tiling.work(op);
-    tiles(op, tiling, first, count, own, shares ? threads : 1);
+  const auto block = [&](int64_t i, float* own, int many) {
+    const int64_t first = i * tiling.block;
+    tiles(op, tiling, first, std::min(tiling.block, tiling.count - first), own, many);
+  };
+  // Never one parallel region in another, not even in an idle one: GCC's OpenMP makes new threads for it every time.
+  if (threads == 1 || blocks < 2 * threads) {  // the threads work on one block together
+    for (int64_t i = 0; i < blocks; i++) block(i, work, threads);
+  } else {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t i = 0; i < blocks; i++) block(i, work + thread_number() * tiling.work(op), 1);
   }
 }
 
