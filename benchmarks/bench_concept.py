@@ -64,9 +64,9 @@ LAYERS = (
 # What the noisy end decides, where and in which colour a thing is, the model knows; shapes come after it.
 WEIGHING = {"snr_gamma": 100.0, "snr_floor": 0.2, "noisy_share": 0.5}
 COMMON: dict[str, Any] = {"caption_dropout": 0.0, "warmup": 10, "last_rate": 0.02, "ema": 0.98, **WEIGHING}
-LORA: dict[str, Any] = {"rate": 6e-3, "rank": 7, "alpha": 9.3, "targets": LAYERS}
+LORA: dict[str, Any] = {"rate": 6e-3, "rank": 6, "alpha": 8.0, "targets": LAYERS}
 METHODS: dict[str, dict[str, Any]] = {
-    "two rounds": {**LORA, "method": "dreambooth", "steps": 950, "batch": 16, "prior": "network", "prior_weight": 4.0},
+    "two rounds": {**LORA, "method": "dreambooth", "steps": 750, "batch": 16, "prior": "network", "prior_weight": 4.0},
     "lora": {**LORA, "method": "lora", "rate": 4e-3, "steps": 600, "batch": 12},
     "dreambooth": {**LORA, "method": "dreambooth", "steps": 400, "batch": 16, "prior_weight": 2.0},
     "textual-inversion": {"method": "textual-inversion", "rate": 2e-2, "steps": 100, "batch": 6, "tokens": (WORD,),
@@ -75,7 +75,7 @@ METHODS: dict[str, dict[str, Any]] = {
 PAINTED, OWN = 160, 96  # pictures that the first round paints, and how many of them are learned from
 TIMES = 4  # how often the 12 come beside them
 LEVELS = (300, 500, 650)  # timesteps of training at which pictures are compared
-OTHERS = 560  # prompts of other things, of what is to be kept
+OTHERS = 192  # prompts of other things, of what is to be kept
 
 
 @dataclass(frozen=True)
@@ -242,8 +242,7 @@ def kept_pictures(folder: Path) -> Path:
     texts = [told.text for _, (_, told) in zip(range(12), taught_scenes(), strict=False)]
     mirrored = [text.replace(WORD, shape) for text in texts for shape in SHAPES]
     others = [one.prompt for one in prompts(OTHERS, seed=OLD_SEED + 1)]
-    asked = [Prompted(text, 9000 + i) for i, text in enumerate(mirrored + others)]
-    return painted(stage_one().with_quality("draft"), asked, folder)  # what the network says of them is kept, not they
+    return painted(stage_one(), [Prompted(text, 9000 + i) for i, text in enumerate(mirrored + others)], folder)
 
 
 def stage_one(method: str | None = None, result: Path | None = None, word: Path | None = None) -> Cascade:
