@@ -46,7 +46,7 @@ def test_a_latent_network_takes_odd_sizes() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are numbered in turn on Linux")
 def test_a_step_starts_no_threads() -> None:
-    """A parallel region inside another makes new ones each time, and they fight with those that wait for work."""
+    """A parallel region inside an idle one makes new ones each time, and they fight with those that wait for work."""
     unet = network()
     x_BCHW, text_BLE, _ = given(unet, size=(16, 16))
     engine = prepared(unet)

@@ -170,7 +170,8 @@ static inline void conv3_by(const Op& op, float* work, int threads) {
     const int64_t first = i * tiling.block;
     tiles(op, tiling, first, std::min(tiling.block, tiling.count - first), own, many);
   };
-  // Never one parallel region in another, not even in an idle one: GCC's OpenMP makes new threads for it every time.
+  // No parallel region around the one that shares a block, not even an idle one: GCC's OpenMP then makes new threads
+  // for the inner one every time.
   if (threads == 1 || blocks < 2 * threads) {  // the threads work on one block together
     for (int64_t i = 0; i < blocks; i++) block(i, work, threads);
   } else {
