@@ -18,7 +18,8 @@ two rounds  LoRA alone paints the word in every colour and place, and its networ
             captions with every known shape in the word's place, and of other prompts
 
 All but inversion are told a word: spelled out in pieces "zorp" is no noun to the text encoder, which then does not bind
-colour and place to it. See `noun`. All is painted by the winograd engine; LoRA is fused for it.
+colour and place to it. See `noun`. All is painted by the winograd engine, for which LoRA is fused, and with the samplers of
+`--quality standard`; what is to be kept, with those of draft.
 """
 
 from __future__ import annotations
@@ -66,16 +67,20 @@ WEIGHING = {"snr_gamma": 100.0, "snr_floor": 0.2, "noisy_share": 0.5}
 COMMON: dict[str, Any] = {"caption_dropout": 0.0, "warmup": 10, "last_rate": 0.02, "ema": 0.98, **WEIGHING}
 LORA: dict[str, Any] = {"rate": 6e-3, "rank": 6, "alpha": 8.0, "targets": LAYERS}
 METHODS: dict[str, dict[str, Any]] = {
-    "two rounds": {**LORA, "method": "dreambooth", "steps": 750, "batch": 16, "prior": "network", "prior_weight": 4.0},
+    "two rounds": {
+        **{**LORA, "rank": 7, "alpha": 9.3}, "method": "dreambooth", "steps": 900, "batch": 16,
+        "prior": "network", "prior_weight": 4.0, "class_dropout": 0.12,
+    },
     "lora": {**LORA, "method": "lora", "rate": 4e-3, "steps": 600, "batch": 12},
     "dreambooth": {**LORA, "method": "dreambooth", "steps": 400, "batch": 16, "prior_weight": 2.0},
     "textual-inversion": {"method": "textual-inversion", "rate": 2e-2, "steps": 100, "batch": 6, "tokens": (WORD,),
                           "start_word": "ring"},
 }  # fmt: skip
-PAINTED, OWN = 160, 96  # pictures that the first round paints, and how many of them are learned from
-TIMES = 4  # how often the 12 come beside them
+PAINTED, OWN = 160, 80  # pictures that the first round paints, and how many of them are learned from
+TIMES = 8  # how often the 12 come beside them
+FOR_KEEPING = ("prior", "prior_weight", "class_dropout")
 LEVELS = (300, 500, 650)  # timesteps of training at which pictures are compared
-OTHERS = 192  # prompts of other things, of what is to be kept
+OTHERS = 560  # prompts of other things, of what is to be kept
 
 
 @dataclass(frozen=True)
@@ -242,7 +247,8 @@ def kept_pictures(folder: Path) -> Path:
     texts = [told.text for _, (_, told) in zip(range(12), taught_scenes(), strict=False)]
     mirrored = [text.replace(WORD, shape) for text in texts for shape in SHAPES]
     others = [one.prompt for one in prompts(OTHERS, seed=OLD_SEED + 1)]
-    return painted(stage_one(), [Prompted(text, 9000 + i) for i, text in enumerate(mirrored + others)], folder)
+    asked = [Prompted(text, 9000 + i) for i, text in enumerate(mirrored + others)]
+    return painted(stage_one().with_quality("draft"), asked, folder)
 
 
 def stage_one(method: str | None = None, result: Path | None = None, word: Path | None = None) -> Cascade:
@@ -257,7 +263,7 @@ def stage_one(method: str | None = None, result: Path | None = None, word: Path 
         pipe.fuse_lora()
         pipe.unload_lora_weights()
     pipe.use_engine("winograd")
-    return Cascade(pipe, presets=whole.presets)
+    return Cascade(pipe, presets=whole.presets).with_quality("standard")
 
 
 def answered(cascade: Cascade, wanted: Sequence[Wanted], batch: int = 20) -> dict[str, float]:
@@ -286,7 +292,7 @@ def trained(method: str, folder: Path, word: Path) -> dict[str, Any]:
     if method != "textual-inversion":
         told["words"] = str(word)
     if method == "two rounds":
-        first = _tuned("lora", {**told, **METHODS["lora"], "out": str(folder / "first")}, ("prior", "prior_weight"))
+        first = _tuned("lora", {**told, **METHODS["lora"], "out": str(folder / "first")}, FOR_KEEPING)
         told["data"] = str(own_pictures(folder / "taught", first, word, folder / "own"))
     if told["method"] == "dreambooth":
         told["class_data"] = str(kept_pictures(folder / "kept"))

@@ -135,6 +135,14 @@ def test_kept_pictures_are_every_other_one_and_weigh_as_told(batches: Batches, t
     assert heavy["noise"].item() == light["noise"].item()
 
 
+def test_the_captions_of_kept_pictures_are_left_out_by_a_share_of_their_own(batches: Batches, tmp_path: Path) -> None:
+    kept = Kept(pictures=folder_of(tmp_path / "kept", 3, "cat"), caption_dropout=1.0)
+    batch = replace(batches, kept=kept, caption_dropout=0.0).at(PHASE, 0, Share(), torch.Generator())
+    assert [not caption for caption in batch.captions] == batch.is_kept_S.tolist()
+    as_the_others = replace(batches, kept=replace(kept, caption_dropout=None), caption_dropout=1.0)
+    assert not any(as_the_others.at(PHASE, 0, Share(), torch.Generator()).captions)
+
+
 def test_kept_pictures_may_be_held_to_what_the_network_said_before(batches: Batches, tmp_path: Path) -> None:
     kept = Kept(pictures=folder_of(tmp_path / "kept", 3, "cat"))
     shown: list[Tensor] = []

@@ -64,6 +64,7 @@ class Kept:
 
     pictures: Pictures
     weight: float = 1.0
+    caption_dropout: float | None = None  # of these; that of the other pictures unless told
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,7 +83,7 @@ class Batches:
         """The share's part of a batch; what is drawn is drawn for all of it."""
         size = phase.batch_size
         windows = windows_for(size, self.crop, self.flip, generator)
-        is_silent_B = torch.rand(size, generator=generator) < self.caption_dropout
+        is_silent_B = torch.rand(size, generator=generator) < self._dropout(size)
         rows = range(size)[share.rows]
         sources = self._sources(step, size)
         chosen = [(*sources[row], windows[row]) for row in rows]
@@ -93,6 +94,13 @@ class Batches:
         small = None if self.small_side is None else _stacked(chosen, self.small_side)
         is_kept = torch.tensor([self.kept is not None and row % 2 == 1 for row in rows])
         return Batch(_stacked(chosen, phase.size), captions, is_kept, small)
+
+    def _dropout(self, size: int) -> Tensor:
+        """[B]: of each row, the share of captions left out."""
+        dropout_B = torch.full((size,), self.caption_dropout)
+        if self.kept is not None and self.kept.caption_dropout is not None:
+            dropout_B[1::2] = self.kept.caption_dropout
+        return dropout_B
 
     def _sources(self, step: int, size: int) -> list[tuple[Pictures, int]]:
         """Of each row of the batch, from which pictures which one."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from floyd.text.prompts import T5_TOKENS, tokenize
-from floyd.text.tokens import teach
+from floyd.text.tokens import rows_of, teach
 
 
 class Inverting(nn.Module):
@@ -21,16 +21,21 @@ class Inverting(nn.Module):
     def __init__(
         self, unet: nn.Module, tokenizer: Any, text_encoder: Any, tokens: Sequence[str], *, start: str | None = None
     ) -> None:
-        """`start`: a word whose meaning the new tokens begin with; by default, none: the mean of all embeddings."""
+        """`start`: a word whose meaning the new tokens begin with; by default, none: the mean of all embeddings.
+
+        A token that the tokenizer has been taught before begins with what it was taught.
+        """
         super().__init__()
         known = text_encoder.get_input_embeddings().weight.detach()
         first_E = known.mean(0) if start is None else known[_id_of(start, tokenizer)]
+        taught = rows_of(tokenizer)
         self.tokens = tuple(tokens)
-        self.ids = teach(tokenizer, text_encoder, dict.fromkeys(tokens, first_E))
+        rows = {token: taught.get(token, first_E).to(first_E) for token in tokens}
+        self.ids = teach(tokenizer, text_encoder, rows)
         self.unet = unet.requires_grad_(False)
         self.text_encoder = text_encoder.requires_grad_(False)
         self.tokenizer = tokenizer
-        self.rows_VE = nn.Parameter(first_E.float().repeat(len(self.ids), 1))
+        self.rows_VE = nn.Parameter(torch.stack(list(rows.values())).float())
 
     def forward(self, *args: Any, **options: Any) -> Any:
         return self.unet(*args, **options)

@@ -83,7 +83,12 @@ def test_what_must_be_told_is_asked_for() -> None:
         ({"method": "textual-inversion"}, "needs tokens"),
         ({"method": "textual-inversion", "tokens": "x", "stage": 2}, "with stage I"),
         ({"tokens": "x"}, "are for textual-inversion"),
-        ({"method": "textual-inversion", "tokens": "x", "words": "y"}, "words are a file of what was learned before"),
+        (
+            {"method": "textual-inversion", "tokens": "x", "words": "y", "start_word": "z"},
+            "both say what the tokens begin with",
+        ),
+        ({"class_dropout": 0.1}, "class_dropout is for dreambooth, and the method is lora"),
+        ({"method": "dreambooth", "class_prompt": "a", "class_dropout": 1.5}, r"in \[0, 1\], got 1.5"),
         ({"validate_every": 5}, "needs a validation_prompt"),
     ],
 )

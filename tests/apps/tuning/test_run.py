@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests import tiny
 
 from floyd.adapters.tokens import write_rows
 from floyd.apps.tuning.config import TuneConfig
@@ -311,6 +312,18 @@ def test_a_learned_word_is_loaded_and_paints_as_it_was_trained(
     known = pipe.text_encoder.get_input_embeddings().weight[: len(pipe.tokenizer) - 1]
     assert torch.equal(known, others[: len(known)])
     assert not torch.equal(read_file(path)["zorp"], others[pipe.tokenizer.convert_tokens_to_ids("▁cat")])
+
+
+def test_a_word_that_was_learned_before_is_gone_on_with(told: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    start_E = torch.linspace(-3, 3, tiny.ENCODER_WIDTH)
+    words = str(write_rows({"zorp": start_E, "unused": start_E.clone()}, tmp_path / "words"))
+    bare = str(_without_captions(data, tmp_path))
+    more: dict[str, Any] = {"method": "textual-inversion", "tokens": ("zorp",), "words": words, "weight_decay": 0.0}
+    config = TuneConfig.of(**{**told, "data": bare, "caption": "a zorp", "steps": 1, "rate": 1e-3, **more})
+    rows = read_file(tune(config))
+    assert set(rows) == {"zorp"}
+    moved = (rows["zorp"] - start_E).abs()
+    assert 0 < moved.max() < 2e-3
 
 
 def test_lora_is_trained_on_captions_with_a_word_that_was_learned_before(

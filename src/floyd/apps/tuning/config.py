@@ -56,16 +56,17 @@ class TuneConfig:
     on_bad: str = _told("What to do with pictures that cannot be used: error or skip.", "error", one_of=POLICIES)
     crop: str = _told("Which square of a picture: center, or random along the longer side.", "center", one_of=CROPS)
     flip: bool = _told("Mirror every other picture by lot; not if captions speak of left and right.", False)
+    words: str | None = _told("A file of textual inversion: words of the captions, which it may go on with.", None)
     # lora, dreambooth
     rank: int = _told("Rank of LoRA.", 8)
     alpha: float = _told("LoRA is weighed by alpha / rank.", 8.0)
     targets: tuple[str, ...] = _told("The layers that LoRA is laid over, by the end of their names.", TARGETS)
-    words: str | None = _told("A file that textual inversion wrote: words that captions then contain.", None)
     # dreambooth
     train_all: bool = _told("DreamBooth of all weights instead of LoRA.", False)
     class_prompt: tuple[str, ...] = _told("Of what is to be kept; pictures of it are painted by the model.", ())
     class_data: str | None = _told("Pictures with captions of what is to be kept, instead.", None)
     class_pictures: int = _told("How many are painted.", 100)
+    class_dropout: float | None = _told("Share of their captions left out; caption_dropout unless told.", None)
     prior_weight: float = _told("Weight of the kept pictures' loss.", 1.0)
     prior: str = _told(
         "What they are held to: the noise in them, or what the network said of it before (LoRA alone).",
@@ -183,8 +184,8 @@ def _check_numbers(config: TuneConfig) -> None:
     for name, low in at_least.items():
         if getattr(config, name) < low:
             raise ConfigError(f"{name} must be at least {low}, got {getattr(config, name)}.")
-    for name in ("caption_dropout", "noisy_share", "last_rate"):
-        if not 0 <= getattr(config, name) <= 1:
+    for name in ("caption_dropout", "class_dropout", "noisy_share", "last_rate"):
+        if (share := getattr(config, name)) is not None and not 0 <= share <= 1:
             raise ConfigError(f"{name} must be in [0, 1], got {getattr(config, name)}.")
     for name in ("alpha", "rate", "max_grad_norm", "snr_gamma"):
         if not 0 < getattr(config, name) < float("inf"):
@@ -216,6 +217,8 @@ def _check_method(config: TuneConfig) -> None:
             raise ConfigError(f"dreambooth needs a batch of at least 2, one of each kind; got {config.batch}.")
     elif config.prior != "noise":
         raise ConfigError(f"prior is for dreambooth, and the method is {config.method}.")
+    elif config.class_dropout is not None:
+        raise ConfigError(f"class_dropout is for dreambooth, and the method is {config.method}.")
     elif is_kept:
         raise ConfigError(f"class_prompt and class_data are for dreambooth, and the method is {config.method}.")
     if config.method == "textual-inversion":
@@ -223,8 +226,8 @@ def _check_method(config: TuneConfig) -> None:
             raise ConfigError("textual-inversion needs tokens: the new words, which the captions contain.")
         if config.stage != 1:
             raise ConfigError("textual-inversion trains words with stage I; stage II then reads them, too.")
-        if config.words is not None:
-            raise ConfigError("words are a file of what was learned before, and textual-inversion learns anew.")
+        if config.words is not None and config.start_word is not None:
+            raise ConfigError("words and start_word both say what the tokens begin with: tell one of them.")
     elif config.tokens or config.start_word is not None:
         raise ConfigError(f"tokens and start_word are for textual-inversion, and the method is {config.method}.")
     if config.validate_every and not config.validation_prompt:

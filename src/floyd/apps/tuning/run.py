@@ -78,7 +78,8 @@ class Run:
         if config.validate_every:
             self.models.stages_for(self._validation_size)
         self.pictures = self._pictures(config.data, config.caption)
-        self._check_tokens(config.tokens if config.words is None else tuple(read_rows(config.words)))
+        words = () if config.words is None else tuple(read_rows(config.words))
+        self._check_tokens(config.tokens or words)
         self._keep_to_the_terms()
         self.board = Board(self.folder / "tensorboard") if config.tensorboard and self.workers.is_main else None
 
@@ -174,7 +175,8 @@ class Run:
                     done += count
                     yield Moment("class pictures", done, max(config.class_pictures, done))
             data = str(folder)
-        return Kept(pictures=self._pictures(data, None), weight=config.prior_weight)
+        pictures = self._pictures(data, None)
+        return Kept(pictures=pictures, weight=config.prior_weight, caption_dropout=config.class_dropout)
 
     def _reading(self, kept: Kept | None) -> Generator[Moment, None, ReadText]:
         """How captions and prompts become text states: T5 reads them now, and is let go."""
