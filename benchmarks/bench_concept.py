@@ -2,6 +2,8 @@
 
     python benchmarks/bench_concept.py [--methods "two rounds" lora dreambooth textual-inversion] [--prompts 96]
 
+What is in `--folder` already, of other methods and of the plain model, is told again and not made again.
+
 The shape is a crescent, the word "zorp". It is taught in six colours and at seven places: six times alone, and six
 times beside a thing that the model knows. Asked for are the two other colours, at the two other places. It is always
 large: of a small one 64 px leave the judge little to see.
@@ -17,9 +19,9 @@ two rounds  LoRA alone paints the word in every colour and place, and its networ
             likely ones; a fresh LoRA then learns them and the 12, held to what the network said, before, of the same
             captions with every known shape in the word's place, and of other prompts
 
-All but inversion are told a word: spelled out in pieces "zorp" is no noun to the text encoder, which then does not bind
-colour and place to it. See `noun`. All is painted by the winograd engine, for which LoRA is fused, and with the samplers of
-`--quality standard`; what is to be kept, with those of draft.
+All but inversion are told a word: in pieces "zorp" is no noun to the text encoder, which then does not bind colour and
+place to it. See `noun`. All is painted by the winograd engine, for which LoRA is fused, and with the sampler of
+`--quality standard`; what is to be kept, with that of draft.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from floyd.adapters.tokens import write_rows
 from floyd.apps.evaluate import CascadePainter, evaluate, prompts, report
 from floyd.apps.tuning.config import TuneConfig
 from floyd.apps.tuning.run import Run
+from floyd.engines.registry import prepared
 from floyd.pipelines.cascade import Cascade
 from floyd.scenes.captions import Caption, caption
 from floyd.scenes.judge import read, verdict
@@ -228,13 +231,14 @@ def likelihood(trained: Cascade, plain: Cascade, folder: Path, texts: Sequence[s
     def errors(cascade: Cascade, captions: Sequence[str]) -> Tensor:
         """[levels, B]"""
         pipe: Any = cascade.stages["stage_1"]
+        engine = prepared("winograd", pipe.unet)
         parts = [pipe.encode_prompt([text], do_classifier_free_guidance=False)[0] for text in captions]
         text_BLD, found = torch.cat(parts), []
         for t in LEVELS:
             noise_BCHW = torch.randn(x_BCHW[:1].shape, generator=torch.Generator().manual_seed(t)).expand_as(x_BCHW)
             noisy_BCHW = pipe.scheduler.schedule.noised(x_BCHW, noise_BCHW, t)
             rows = zip(*(part.split(batch) for part in (noisy_BCHW, text_BLD, noise_BCHW)), strict=True)
-            outs = [pipe.unet(x, t, text, return_dict=False)[0][:, :3] - noise for x, text, noise in rows]
+            outs = [engine.step(x, t, engine.read(text))[:, :3] - noise for x, text, noise in rows]
             found.append(torch.cat(outs).square().mean((1, 2, 3)))
         return torch.stack(found)
 
@@ -323,21 +327,28 @@ def main() -> None:
     wanted = new_prompts(options.prompts)
     word = noun(options.folder / "word")
     plain = stage_one()
-    before, control = old(plain, options.old), answered(plain, wanted)
-    print(f"before: old {before:.1%}, control {control['found']:.1%}", flush=True)
-    figures = {"prompts": options.prompts, "old_prompts": options.old, "threads": torch.get_num_threads()}
-    rows: list[dict[str, Any]] = []
+    told = options.folder / f"figures-{options.prompts}-{options.old}.json"
+    figures: dict[str, Any] = json.loads(told.read_text()) if told.exists() else {
+        "prompts": options.prompts,
+        "old_prompts": options.old,
+        "before": old(plain, options.old),
+        "control": answered(plain, wanted),
+        "rows": {},
+    }  # fmt: skip
+    before = figures["before"]
+    print(f"before: old {before:.1%}, control {figures['control']['found']:.1%}", flush=True)
     for method in options.methods:
         made = trained(method, options.folder / method.replace(" ", "-"), word)
         cascade = stage_one(method, made.pop("result"), word)
-        row = {"method": method, **made, **answered(cascade, wanted), "old": old(cascade, options.old)}
-        rows.append(row)
+        made |= {"threads": torch.get_num_threads(), **answered(cascade, wanted), "old": old(cascade, options.old)}
+        figures["rows"][method] = made
+        told.write_text(json.dumps(figures))
         print(
-            f"{method:18} {row['minutes']:5.1f} min {row['bytes'] / 1e6:5.2f} MB  found {row['found']:6.1%}  right "
-            f"{row['right']:6.1%}  old {row['old']:6.1%} ({row['old'] - before:+.1%})",
+            f"{method:18} {made['minutes']:5.1f} min {made['bytes'] / 1e6:5.2f} MB  found {made['found']:6.1%}  right "
+            f"{made['right']:6.1%}  old {made['old']:6.1%} ({made['old'] - before:+.1%})",
             flush=True,
         )
-        path = write("concept", {**figures, "before": before, "control": control, "rows": rows})
+        path = write("concept", figures)
     print(path)
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/speed.md, from results/*.json, so that the page and the results cannot differ.
+"""Tables of the docs, from results/*.json, so that pages and results cannot differ.
 
     python benchmarks/tables.py [--write]
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
+DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = Path(__file__).parent / "results"
 WAYS = ("diffusers", "diffusers compiled", "floyd", "floyd winograd", "floyd openvino")
 WORKS = {
@@ -78,7 +78,33 @@ def start() -> str:
     return grid(["", "whole process", "ratio", "of processor time"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"cpu": cpu, "cascade": cascade, "batches": batches, "start": start}
+def concept() -> str:
+    figures = read("concept")["figures"]
+    rows = [
+        [
+            f"{method}, {row['steps']} steps of {row['batch']}",
+            f"{row['minutes']:.1f}",
+            f"{row['bytes'] / 1e6:.2f} MB" if row["bytes"] > 1e4 else "one row",
+            f"{row['found']:.1%}",
+            f"{row['right']:.1%}",
+            f"{row['old']:.1%}",
+            f"{100 * (row['old'] - figures['before']):+.1f}",
+        ]
+        for method, row in figures["rows"].items()
+    ]
+    head = ["", "minutes", "file", "new prompts that show it", "and all else they say", "old prompts right", "change"]
+    return grid(
+        head, [*rows, ["before", "", "", f"{figures['control']['found']:.1%}", "", f"{figures['before']:.1%}", ""]]
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cpu": cpu,
+    "cascade": cascade,
+    "batches": batches,
+    "start": start,
+    "concept": concept,
+}
 
 
 def measured() -> dict[str, Callable[[], str]]:
@@ -98,7 +124,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true")
     if parser.parse_args().write:
-        PAGE.write_text(written(PAGE.read_text()))
+        for path in DOCS.glob("*.md"):
+            path.write_text(written(path.read_text()))
     for name, table in measured().items():
         print(f"{name}\n\n{table()}\n")
 
