@@ -1,7 +1,7 @@
 """How many evaluations of the network a picture needs: the built-in stage I, painted in many ways, and judged.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_presets.py [--groups samplers deciding] [--student FOLDER]
-    python benchmarks/bench_presets.py --only EulerAncestralDiscrete:20 --guidance 1 2 --intervals 0-600 200-1000
+    python benchmarks/bench_presets.py --only "Euler ancestral:20" --guidance 1 2 --intervals 0-600 200-1000
 
 right      the judge sees everything that the prompt says, and no other thing
 distance   Frechet distance of the pictures to the prompts' own scenes, both shrunk to 8 x 8 pixels in [0, 1]; `floor`
@@ -297,7 +297,9 @@ def main() -> None:
     print("the engine changes pixels by {mean:.1e}, {max:.1e} at most".format(**results.figures["engine_difference"]))
     students = {}
     if options.student is not None:
-        students["student " + fingerprint(options.student)[:8]] = UNet2DConditionModel.from_pretrained(options.student)
+        students["student " + fingerprint(options.student).removeprefix("sha256:")[:8]] = (
+            UNet2DConditionModel.from_pretrained(options.student)
+        )
 
     if options.only is not None:
         ways = [
