@@ -32,6 +32,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,13 @@ from floyd.adapters.tokens import write_rows
 from floyd.apps.evaluate import CascadePainter, evaluate, prompts, report
 from floyd.apps.tuning.config import TuneConfig
 from floyd.apps.tuning.run import Run
-from floyd.engines.registry import prepared
+from floyd.engines.registry import Engine, prepared
 from floyd.pipelines.cascade import Cascade
 from floyd.scenes.captions import Caption, caption
 from floyd.scenes.judge import read, verdict
 from floyd.scenes.render import render
 from floyd.scenes.scene import NEW_SHAPES, POSITIONS, SHAPES, THING_COLORS, Scene, sample_scene
+from floyd.store.fingerprint import fingerprint
 
 SHAPE, WORD = NEW_SHAPES[0], "zorp"
 NEW_COLORS, NEW_PLACES = ("orange", "white"), ("top right", "bottom left")
@@ -71,7 +73,7 @@ COMMON: dict[str, Any] = {"caption_dropout": 0.0, "warmup": 10, "last_rate": 0.0
 LORA: dict[str, Any] = {"rate": 6e-3, "rank": 6, "alpha": 8.0, "targets": LAYERS}
 METHODS: dict[str, dict[str, Any]] = {
     "two rounds": {
-        **{**LORA, "rank": 7, "alpha": 9.3}, "method": "dreambooth", "steps": 900, "batch": 16,
+        **LORA, "rank": 7, "alpha": 9.3, "method": "dreambooth", "steps": 900, "batch": 16,
         "prior": "network", "prior_weight": 4.0, "class_dropout": 0.12,
     },
     "lora": {**LORA, "method": "lora", "rate": 4e-3, "steps": 600, "batch": 12},
@@ -228,10 +230,8 @@ def likelihood(trained: Cascade, plain: Cascade, folder: Path, texts: Sequence[s
     pixels = [np.asarray(Image.open(path)) for path in sorted(folder.glob("painted-*.png"))]
     x_BCHW = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-    def errors(cascade: Cascade, captions: Sequence[str]) -> Tensor:
+    def errors(pipe: Any, engine: Engine, captions: Sequence[str]) -> Tensor:
         """[levels, B]"""
-        pipe: Any = cascade.stages["stage_1"]
-        engine = prepared("winograd", pipe.unet)
         parts = [pipe.encode_prompt([text], do_classifier_free_guidance=False)[0] for text in captions]
         text_BLD, found = torch.cat(parts), []
         for t in LEVELS:
@@ -242,8 +242,13 @@ def likelihood(trained: Cascade, plain: Cascade, folder: Path, texts: Sequence[s
             found.append(torch.cat(outs).square().mean((1, 2, 3)))
         return torch.stack(found)
 
-    known = torch.stack([errors(plain, [text.replace(WORD, shape) for text in texts]) for shape in SHAPES])
-    return (known.amin(0) / errors(trained, texts)).log().mean(0)
+    own: Any = trained.stages["stage_1"]
+    before: Any = plain.stages["stage_1"]
+    engine, engine_before = (prepared("winograd", pipe.unet) for pipe in (own, before))
+    known = torch.stack(
+        [errors(before, engine_before, [text.replace(WORD, shape) for text in texts]) for shape in SHAPES]
+    )
+    return (known.amin(0) / errors(own, engine, texts)).log().mean(0)
 
 
 def kept_pictures(folder: Path) -> Path:
@@ -327,7 +332,8 @@ def main() -> None:
     wanted = new_prompts(options.prompts)
     word = noun(options.folder / "word")
     plain = stage_one()
-    told = options.folder / f"figures-{options.prompts}-{options.old}.json"
+    model_hash = fingerprint(Path(str(files("floyd") / "mini" / "stage_1"))).removeprefix("sha256:")[:8]
+    told = options.folder / f"figures-{model_hash}-{options.prompts}-{options.old}.json"
     figures: dict[str, Any] = json.loads(told.read_text()) if told.exists() else {
         "prompts": options.prompts,
         "old_prompts": options.old,

@@ -84,7 +84,7 @@ def concept() -> str:
         [
             f"{method}, {row['steps']} steps of {row['batch']}",
             f"{row['minutes']:.1f}",
-            f"{row['bytes'] / 1e6:.2f} MB" if row["bytes"] > 1e4 else "one row",
+            f"{row['bytes'] / 1e3:.0f} kB",
             f"{row['found']:.1%}",
             f"{row['right']:.1%}",
             f"{row['old']:.1%}",

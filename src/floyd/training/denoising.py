@@ -92,25 +92,27 @@ class Batches:
             for row, (pictures, index, _) in zip(rows, chosen, strict=True)
         ]
         small = None if self.small_side is None else _stacked(chosen, self.small_side)
-        is_kept = torch.tensor([self.kept is not None and row % 2 == 1 for row in rows])
-        return Batch(_stacked(chosen, phase.size), captions, is_kept, small)
+        return Batch(_stacked(chosen, phase.size), captions, self._is_kept(size)[share.rows], small)
+
+    def _is_kept(self, size: int) -> Tensor:
+        """[B]: every other row, if anything is to be kept."""
+        return (torch.arange(size) % 2 == 1) & (self.kept is not None)
 
     def _dropout(self, size: int) -> Tensor:
         """[B]: of each row, the share of captions left out."""
         dropout_B = torch.full((size,), self.caption_dropout)
         if self.kept is not None and self.kept.caption_dropout is not None:
-            dropout_B[1::2] = self.kept.caption_dropout
+            dropout_B[self._is_kept(size)] = self.kept.caption_dropout
         return dropout_B
 
     def _sources(self, step: int, size: int) -> list[tuple[Pictures, int]]:
         """Of each row of the batch, from which pictures which one."""
+        is_kept_B = self._is_kept(size).tolist()
+        own = iter(indices_at(step, is_kept_B.count(False), len(self.pictures), self.seed))
         if self.kept is None:
-            return [(self.pictures, i) for i in indices_at(step, size, len(self.pictures), self.seed)]
-        own = indices_at(step, size - size // 2, len(self.pictures), self.seed)
-        kept = indices_at(step, size // 2, len(self.kept.pictures), self.seed + 1)
-        return [
-            (self.kept.pictures, kept[row // 2]) if row % 2 else (self.pictures, own[row // 2]) for row in range(size)
-        ]
+            return [(self.pictures, index) for index in own]
+        kept = iter(indices_at(step, is_kept_B.count(True), len(self.kept.pictures), self.seed + 1))
+        return [(self.kept.pictures, next(kept)) if is_kept else (self.pictures, next(own)) for is_kept in is_kept_B]
 
 
 def _stacked(chosen: Sequence[tuple[Pictures, int, Window]], side: int) -> Tensor:
