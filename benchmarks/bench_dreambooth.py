@@ -1,6 +1,7 @@
 """DreamBooth LoRA of the built-in stage I: steps per second and peak memory, beside diffusers' training loop.
 
     python benchmarks/bench_dreambooth.py [--steps 20] [--rounds 3] [--batch 4]
+                                          [--precision fp32 bf16]
 
 diffusers' script (examples/dreambooth/train_dreambooth_lora.py) is not in its package. Its loop is written here anew
 with diffusers' and accelerate's parts, step for step as the script does it for IF: embeddings computed beforehand,
@@ -9,14 +10,15 @@ variance is thrown away), prior preservation by halves, gradients cut to a norm 
 for every step, as the script's data set does it; PIL and numpy stand in for torchvision.
 
 Same weights, pictures, captions, rank, batch and precision; each side in a process of its own, in turn. floyd does
-more in a step: it trains the variance. Besides seconds by the clock, those of the processor are told, which other
-processes on the machine hardly disturb.
+more in a step: it trains the variance. "no compiler" is floyd without one, and so without kernels of its
+own. Besides seconds by the clock, those of the processor are told, which other processes hardly disturb.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -33,7 +35,8 @@ import torch.nn.functional as F
 from common import summary, write
 from PIL import Image
 
-SIDES = ("floyd", "diffusers")
+PRECISIONS = ("fp32", "bf16")
+SIDES = ("floyd", "no compiler", "diffusers")
 RANK, RATE, WARM = 4, 1e-4, 3  # WARM steps are not counted
 PROMPT, CLASS_PROMPT = "a zorp", "a ring"
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
@@ -52,7 +55,7 @@ def made(folder: Path) -> None:
             (folder / kind / f"{i:02}.txt").write_text(PROMPT if kind == "own" else CLASS_PROMPT)
 
 
-def floyd_steps(folder: Path, steps: int, batch: int) -> Iterator[tuple[float, float]]:
+def floyd_steps(folder: Path, steps: int, batch: int, precision: str) -> Iterator[tuple[float, float]]:
     from floyd.apps.tuning.config import TuneConfig
     from floyd.apps.tuning.run import Run
 
@@ -66,7 +69,7 @@ def floyd_steps(folder: Path, steps: int, batch: int) -> Iterator[tuple[float, f
         rank=RANK,
         alpha=float(RANK),
         rate=RATE,
-        precision="fp32",
+        precision=precision,
         device="cpu",
         snapshot_every_s=1e9,
     )
@@ -96,13 +99,13 @@ def collated(rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     return torch.stack([row["own"] for row in rows] + [row["kept"] for row in rows])
 
 
-def diffusers_steps(folder: Path, steps: int, batch: int) -> Iterator[tuple[float, float]]:
+def diffusers_steps(folder: Path, steps: int, batch: int, precision: str) -> Iterator[tuple[float, float]]:
     from accelerate import Accelerator
     from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
     from diffusers.optimization import get_scheduler
     from peft import LoraConfig
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
     root = files("floyd") / "mini" / "stage_1"
     pipe: Any = IFPipeline.from_pretrained(
         str(root), unet=None, safety_checker=None, requires_safety_checker=False, torch_dtype=torch.float32
@@ -147,12 +150,41 @@ def diffusers_steps(folder: Path, steps: int, batch: int) -> Iterator[tuple[floa
                 return
 
 
-def one_side(side: str, folder: Path, steps: int, batch: int) -> None:
-    ends = list({"floyd": floyd_steps, "diffusers": diffusers_steps}[side](folder, steps + WARM, batch))
+def one_side(side: str, folder: Path, steps: int, batch: int, precision: str) -> None:
+    run = diffusers_steps if side == "diffusers" else floyd_steps
+    ends = list(run(folder, steps + WARM, batch, precision))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     by_clock, by_processor = (last - first for first, last in zip(ends[WARM - 1], ends[-1], strict=True))
     speeds = {"steps_per_s": steps / by_clock, "steps_per_processor_s": steps / by_processor}
     print(json.dumps({**speeds, "peak_bytes": peak}))
+
+
+def apart(side: str, options: argparse.Namespace, precision: str) -> dict[str, float]:
+    """One side, in a process of its own."""
+    with TemporaryDirectory() as folder:
+        made(Path(folder))
+        told = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch")]
+        command = [sys.executable, __file__, f"--side={side}", f"--folder={folder}", *told, "--precision", precision]
+        hidden = {"CXX": "/nowhere"} if side == "no compiler" else {}
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **hidden})
+    if done.returncode:
+        raise RuntimeError(f"{side} failed: {done.stderr[-2000:]}")
+    row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(precision, side, row, flush=True)
+    return row
+
+
+def compared(rows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        side: {key: summary([row[key] for row in own]) for key in own[0]} for side, own in rows.items()
+    }
+    others = figures["diffusers"]
+    figures["ratios"] = {  # to diffusers
+        side: {key: own["median"] / others[key]["median"] for key, own in figures[side].items()}
+        for side in SIDES
+        if side != "diffusers"
+    }
+    return figures
 
 
 def main() -> None:
@@ -160,37 +192,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        one_side(options.side, options.folder, options.steps, options.batch)
+        one_side(options.side, options.folder, options.steps, options.batch, options.precision[0])
         return
-    rows: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(options.rounds):
-        for side in SIDES:
-            with TemporaryDirectory() as folder:
-                made(Path(folder))
-                told = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch")]
-                command = [sys.executable, __file__, f"--side={side}", f"--folder={folder}", *told]
-                done = subprocess.run(command, check=False, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{side} failed: {done.stderr[-2000:]}")
-            rows[side].append(json.loads(done.stdout.splitlines()[-1]))
-            print(side, rows[side][-1], flush=True)
     figures: dict[str, Any] = {
-        side: {key: summary([row[key] for row in own]) for key in own[0]} for side, own in rows.items()
+        "steps": options.steps,
+        "batch": options.batch,
+        "threads": torch.get_num_threads(),
     }
-    figures["ratio"] = {  # floyd / diffusers
-        key: figures["floyd"][key]["median"] / figures["diffusers"][key]["median"] for key in rows["floyd"][0]
-    }
-    print(figures["ratio"])
-    print(
-        write(
-            "dreambooth",
-            {"steps": options.steps, "batch": options.batch, "threads": torch.get_num_threads(), **figures},
-        )
-    )
+    for precision in options.precision:
+        rows: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+        for _ in range(options.rounds):
+            for side in SIDES:
+                rows[side].append(apart(side, options, precision))
+        figures[precision] = compared(rows)
+        print(precision, figures[precision]["ratios"])
+    print(write("dreambooth", figures))
 
 
 if __name__ == "__main__":

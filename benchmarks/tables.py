@@ -98,12 +98,26 @@ def concept() -> str:
     )
 
 
+def dreambooth() -> str:
+    figures = read("dreambooth")["figures"]
+    names = {"floyd": "floyd", "no compiler": "floyd without a compiler"}
+    rows = []
+    for precision in ("fp32", "bf16"):
+        own = figures[precision]
+        for side, name in {**names, "diffusers": "diffusers"}.items():
+            ratios = own["ratios"].get(side)
+            told = ["", "", ""] if ratios is None else [f"{ratios[key]:.2f}" for key in own[side]]
+            rows.append([f"{name}, {precision}", f"{own[side]['steps_per_s']['median']:.2f}", *told])
+    return grid(["", "steps a second", "ratio", "of processor time", "of peak memory"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "cascade": cascade,
     "batches": batches,
     "start": start,
     "concept": concept,
+    "dreambooth": dreambooth,
 }
 
 

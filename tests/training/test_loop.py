@@ -7,10 +7,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from floyd.errors import CheckpointError
 from floyd.store.snapshots import read_snapshot
+from floyd.training import loop
 from floyd.training.loop import LoopConfig, Losses, Phase, Progress, Trainer
 
 PHASES = (
@@ -140,6 +141,43 @@ def test_a_run_that_died_goes_on_from_its_last_snapshot(tmp_path: Path) -> None:
     assert resumed.step == 6
     list(resumed.run())
     assert_equal(whole, resumed)
+
+
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.Conv2d(16, 4, 3, padding=1))
+
+
+def loss_of_maps(model: nn.Module, phase: Phase, step: int, generator: torch.Generator) -> Losses:
+    x = torch.randn(phase.batch_size, 4, 6, 6, generator=generator)
+    return {"copy": (model(x) - x).square().mean()}
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_goes_on_where_weights_lie_otherwise_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    """Begun without a compiler and gone on with one: fused AdamW would take one weight's moments for another's."""
+    config = replace(CONFIG, precision="fp32", optimizer=optimizer)
+
+    def trained(folder: str, until: int) -> Tensor:
+        one = Trainer(convolutions(), loss_of_maps, config, tmp_path / folder)
+        for _ in one.run(until=until):
+            pass
+        weight: Tensor = one.model[0].weight.detach()  # type: ignore[index,union-attr]
+        assert weight.is_contiguous() == (loop.quicken is never)
+        return weight
+
+    def never(model: nn.Module) -> bool:
+        return False
+
+    quicken = loop.quicken
+    monkeypatch.setattr(loop, "quicken", never)
+    expected = trained("whole", 10)
+    trained("parts", 5)
+    monkeypatch.setattr(loop, "quicken", quicken)
+    torch.testing.assert_close(trained("parts", 10), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_run_up_to_a_step_stops_there(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class Kernels:
             raise EngineError(
                 f"The compiled engine {path} cannot be loaded: delete it and try again. {error}"
             ) from error
-        self.path = path
+        self.path, self.library = path, library
         self.lanes: int = library.floyd_lanes()
         self.has_threads = bool(library.floyd_has_threads())
         self._work, self._run, self._pack = library.floyd_work, library.floyd_run, library.floyd_pack_conv3

@@ -20,7 +20,8 @@ from floyd.models.unet_told import Context, Ready, Timetable, Told
 from floyd.nn.activation import activation
 from floyd.nn.attention import AddedKVAttention, TextKV
 from floyd.nn.embedding import TextTimeEmbedding, TimestepEmbedding, sinusoid
-from floyd.nn.rewrites import Rewrites, elementwise
+from floyd.nn.norm import normed
+from floyd.nn.rewrites import Rewrites
 from floyd.nn.transformer import Transformer2D
 from floyd.store.pretrained import Model
 
@@ -186,7 +187,7 @@ class UNet2DConditionModel(Model):
         x_BCHW = self.mid_block(x_BCHW, told)
         for up in self.up_blocks:
             x_BCHW = up(x_BCHW, told, skips)
-        x_BCHW = elementwise(self.conv_act, self.conv_norm_out(x_BCHW))
+        x_BCHW = normed(self.conv_norm_out, x_BCHW, self.conv_act)
         return told.convolution(self.conv_out, x_BCHW).contiguous()
 
     def layers(self) -> Iterator[nn.Module]:

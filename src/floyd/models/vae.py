@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from floyd.errors import ConfigError
 from floyd.models.tiling import tiled
 from floyd.nn.autoencoder import ACTIVATIONS, EPS, DownEncoderBlock, MiddleBlock, UpDecoderBlock
+from floyd.nn.norm import normed
 from floyd.store.config import Config
 from floyd.store.pretrained import Model
 
@@ -123,7 +124,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x_BCHW = block(x_BCHW)
         x_BCHW = self.mid_block(x_BCHW)
-        return self.conv_out(nn.functional.silu(self.conv_norm_out(x_BCHW)))
+        return self.conv_out(normed(self.conv_norm_out, x_BCHW, nn.functional.silu))
 
 
 class Decoder(nn.Module):
@@ -147,7 +148,7 @@ class Decoder(nn.Module):
         x_BCHW = self.mid_block(self.conv_in(z_BZhw))
         for block in self.up_blocks:
             x_BCHW = block(x_BCHW)
-        return self.conv_out(nn.functional.silu(self.conv_norm_out(x_BCHW)))
+        return self.conv_out(normed(self.conv_norm_out, x_BCHW, nn.functional.silu))
 
 
 class AutoencoderKL(Model):

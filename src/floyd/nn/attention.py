@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from floyd.nn.norm import normed
 from floyd.nn.rewrites import Joined
 
 
@@ -103,7 +104,7 @@ class AddedKVAttention(nn.Module):
         return TextKV(split_heads(key, self.num_heads), split_heads(value, self.num_heads))
 
     def forward(self, x_BCHW: Tensor, text: TextKV, bias_B11L: Tensor | None = None) -> Tensor:
-        h_BPC = self.group_norm(x_BCHW).flatten(2).transpose(1, 2)
+        h_BPC = normed(self.group_norm, x_BCHW).flatten(2).transpose(1, 2)
         q_BNPK, *own = (split_heads(part, self.num_heads) for part in self._projected(h_BPC, text.qkv))
         k_BNMK, v_BNMK = text.key_BNLK, text.value_BNLK
         if own:

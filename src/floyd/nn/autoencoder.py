@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from floyd.nn.attention import fitting
+from floyd.nn.norm import normed
 
 EPS = 1e-6
 
@@ -39,8 +40,8 @@ class PlainResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        h_BOHW = self.conv1(self.act(self.norm1(x_BCHW)))
-        h_BOHW = self.conv2(self.act(self.norm2(h_BOHW)))
+        h_BOHW = self.conv1(normed(self.norm1, x_BCHW, self.act))
+        h_BOHW = self.conv2(normed(self.norm2, h_BOHW, self.act))
         return h_BOHW + (x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
 
 
@@ -59,7 +60,7 @@ class PixelAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        x_B1LC = self.group_norm(x_BCHW).flatten(2).transpose(1, 2).unsqueeze(1)
+        x_B1LC = normed(self.group_norm, x_BCHW).flatten(2).transpose(1, 2).unsqueeze(1)
         seen_B1LC = fitting(self.to_q(x_B1LC), self.to_k(x_B1LC), self.to_v(x_B1LC))
         return x_BCHW + self.to_out[0](seen_B1LC).squeeze(1).transpose(1, 2).reshape(x_BCHW.shape)
 

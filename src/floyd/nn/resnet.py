@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from floyd.nn.activation import activation
+from floyd.nn.norm import normed
+from floyd.nn.rewrites import Elementwise
 
 
 class ResnetBlock(nn.Module):
@@ -49,8 +51,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x_BCHW: Tensor, emb_BD: Tensor) -> Tensor:
-        h_BCHW = self.conv1(self.resampled(self.nonlinearity(self.norm1(x_BCHW))))
-        h_BCHW = self.nonlinearity(self.timed(h_BCHW, self.projected(emb_BD)))
+        h_BCHW = self.conv1(self.resampled(normed(self.norm1, x_BCHW, self.nonlinearity)))
+        h_BCHW = self.timed(h_BCHW, self.projected(emb_BD), self.nonlinearity)
         h_BCHW = self.conv2(self.dropout(h_BCHW))
         x_BCHW = self.resampled(x_BCHW)
         if self.conv_shortcut is not None:
@@ -62,13 +64,12 @@ class ResnetBlock(nn.Module):
         """What time says to this block: scale and shift, or what to add."""
         return self.time_emb_proj(emb_BD if self.skip_time_act else self.nonlinearity(emb_BD))
 
-    def timed(self, h_BCHW: Tensor, time_BC: Tensor) -> Tensor:
+    def timed(self, h_BCHW: Tensor, time_BC: Tensor, act: Elementwise | None = None) -> Tensor:
         """The second norm, told the time."""
-        time_BC11 = time_BC[:, :, None, None]
         if not self.is_film:
-            return self.norm2(h_BCHW + time_BC11)
-        scale_BC11, shift_BC11 = time_BC11.chunk(2, dim=1)
-        return self.norm2(h_BCHW) * (1 + scale_BC11) + shift_BC11
+            return normed(self.norm2, h_BCHW + time_BC[:, :, None, None], act)
+        scale_BC, shift_BC = time_BC.chunk(2, dim=1)
+        return normed(self.norm2, h_BCHW, act, (scale_BC, shift_BC))
 
     def resampled(self, x_BCHW: Tensor) -> Tensor:
         if self.resample == "up":

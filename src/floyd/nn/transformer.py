@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from floyd.nn.attention import Attention, TextKV
+from floyd.nn.norm import normed
 
 
 class GEGLU(nn.Module):
@@ -97,7 +98,7 @@ class Transformer2D(nn.Module):
 
     def forward(self, x_BCHW: Tensor, text: tuple[TextKV, ...], bias_B11L: Tensor | None = None) -> Tensor:
         size = x_BCHW.shape[-2:]
-        h_BCHW = self.norm(x_BCHW)
+        h_BCHW = normed(self.norm, x_BCHW)
         if self.linear_projection:
             h_BPC = self.proj_in(h_BCHW.flatten(2).transpose(1, 2))
         else:

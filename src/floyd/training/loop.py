@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from floyd.engines.learning import quicken
 from floyd.errors import CheckpointError
 from floyd.store.snapshots import read_snapshot, write_snapshot
 from floyd.store.weights import some
@@ -118,6 +119,8 @@ class Trainer:
     ) -> None:
         self.model, self.loss_of, self.config, self.folder, self.workers = model, loss_of, config, folder, workers
         self._check_cut()
+        if device_of(model).type == "cpu":
+            quicken(model)
         self.ema = Ema(model, config.ema_decay)
         self.optimizers = _optimizers(model, config)
         self.step = 0
@@ -185,6 +188,7 @@ class Trainer:
         self.ema.load_state_dict(state["ema"])
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(own)
+            _lay_out(optimizer)
         self.step, self.seconds = state["step"], state["seconds"]
 
     def _one_step(self) -> dict[str, float]:
@@ -219,6 +223,14 @@ class Trainer:
             for name, value in losses.items():
                 told[name] = told.get(name, 0.0) + float(value.detach()) / pieces
         return told
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """What it remembers of a weight lies in memory as the weight does, which fused kernels take for granted."""
+    for parameter, state in optimizer.state.items():
+        for name, own in state.items():
+            if isinstance(own, Tensor) and own.shape == parameter.shape and own.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=own.dtype).copy_(own)
 
 
 def _trained_state(model: nn.Module) -> dict[str, Tensor]:

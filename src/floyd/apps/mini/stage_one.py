@@ -17,6 +17,7 @@ from floyd.apps.mini.data import pictures_of, scenes_at, texts_of, things_of
 from floyd.diffusion.losses import hybrid_loss, layout_density, log_snr, stratified_timesteps
 from floyd.diffusion.schedule import NoiseSchedule
 from floyd.models.unet import UNet2DConditionModel
+from floyd.nn.norm import normed
 from floyd.training.growing import keep_resolution
 from floyd.training.init import zero_residuals
 from floyd.training.loop import LoopConfig, Losses, Phase, device_of
@@ -103,7 +104,13 @@ class Apprentice(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        return out_BCHW, [head(feature) for head, feature in zip(self.conv_out, features, strict=True)]
+        return out_BCHW, [_seen(head, feature) for head, feature in zip(self.conv_out, features, strict=True)]
+
+
+def _seen(head: Any, x_BCHW: Tensor) -> Tensor:
+    norm, act, conv = head
+    seen_B3HW: Tensor = conv(normed(norm, x_BCHW, act))
+    return seen_B3HW
 
 
 def build_unet() -> UNet2DConditionModel:

@@ -57,8 +57,12 @@ static inline vec inverse(vec x) {
 // e^x to two units in the last place: x = n ln 2 + r, and a polynomial in r (Cephes' expf).
 static inline vec vexp(vec x) {
   x = most(least(x, splat(88.0f)), splat(-87.0f));
+#ifdef __AVX512F__
+  const vec n = (vec)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
+#else
   const vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
   const vec n = (x * 1.44269504f + magic) - magic;
+#endif
   vec r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -67,23 +71,32 @@ static inline vec vexp(vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + (r + 1.0f);
+#ifdef __AVX512F__
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   const ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
   vec two_to_n;
   std::memcpy(&two_to_n, &power, sizeof power);
   return p * two_to_n;
+#endif
 }
 
 enum Act { NONE, SILU, GELU, MISH, RELU };
 
-// x Phi(x), the exact one; erf to 1.5e-7 (Abramowitz and Stegun 7.1.26).
+// Phi(-|x|), `e` being e^(-x^2 / 2); erf to 1.5e-7 (Abramowitz and Stegun 7.1.26).
+static inline vec normal_tail(vec x, vec e) {
+  const vec zero{}, size = x < zero ? -x : x;
+  const vec t = inverse(size * 0.23164189f + 1.0f);
+  vec p = t * 0.5307027145f - 0.7265760135f;
+  p = p * t + 0.7107068705f;
+  p = p * t - 0.142248368f;
+  p = p * t + 0.127414796f;
+  return p * t * e;
+}
+
+// x Phi(x), the exact one.
 static inline vec vgelu(vec x) {
-  const vec zero{}, z = x * 0.70710678f, size = z < zero ? -z : z;
-  const vec t = inverse(size * 0.3275911f + 1.0f);
-  vec p = t * 1.061405429f - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  const vec tail = (x * 0.5f) * (p * t * vexp(zero - z * z));  // x / 2 (1 - |erf|)
+  const vec zero{}, tail = x * normal_tail(x, vexp(x * x * -0.5f));
   return x >= zero ? x - tail : tail;
 }
 

@@ -1,0 +1,180 @@
+// What training needs of a norm, forth and back: sums over the pixels of every channel, and maps of every number.
+//
+// Feature maps are [images, pixels, channels], channels a multiple of LANES, in float32 or bfloat16; the arithmetic is
+// float32, sums of many pixels float64.
+#pragma once
+#include <type_traits>
+#include <vector>
+
+#include "norm.h"
+
+namespace floyd {
+
+struct Full {
+  typedef float number;
+  static inline vec read(const float* from) { return load(from); }
+  static inline void write(float* to, vec value) { store(to, value); }
+};
+
+// bfloat16: the upper half of a float, rounded to even.
+struct Half {
+  typedef uint16_t number;
+  typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+  typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
+
+  static inline vec read(const uint16_t* from) {
+#ifdef __AVX512F__
+    const words wide = (words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))) << 16;
+#else
+    halves raw;
+    std::memcpy(&raw, from, sizeof raw);
+    const words wide = __builtin_convertvector(raw, words) << 16;
+#endif
+    vec value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+
+  static inline void write(uint16_t* to, vec value) {
+#ifdef __AVX512BF16__
+    const halves raw = (halves)_mm512_cvtneps_pbh((__m512)value);
+#else
+    words wide;
+    std::memcpy(&wide, &value, sizeof wide);
+    wide = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+    const halves raw = __builtin_convertvector(wide, halves);
+#endif
+    std::memcpy(to, &raw, sizeof raw);
+  }
+};
+
+// d activated(x) / dx.
+template <int ACT>
+static inline vec slope(vec x) {
+  const vec zero{};
+  if (ACT == GELU) {  // Phi(x) + x phi(x)
+    const vec e = vexp(x * x * -0.5f), tail = normal_tail(x, e);
+    return (x >= zero ? 1.0f - tail : tail) + x * e * 0.39894228f;
+  }
+  if (ACT == SILU) {
+    const vec s = inverse(vexp(least(zero - x, splat(80.0f))) + 1.0f);
+    return s * (x * (1.0f - s) + 1.0f);
+  }
+  return splat(1.0f);
+}
+
+// Pixels of all images in chunks, which threads share out; `body(chunk, image, first pixel, pixels)`.
+template <class Body>
+static inline void over_chunks(int64_t images, int64_t pixels, int threads, Body body) {
+  const int64_t chunks = (pixels + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < images * chunks; i++) {
+    const int64_t from = i % chunks * CHUNK;
+    body(i, i / chunks, from, std::min(CHUNK, pixels - from));
+  }
+}
+
+// [chunks of all images][2][channels] to [images][2][channels].
+static inline void gathered(const std::vector<float>& own, int64_t images, int64_t pixels, int64_t channels,
+                            double* sums) {
+  const int64_t chunks = (pixels + CHUNK - 1) / CHUNK, both = 2 * channels;
+  std::fill(sums, sums + images * both, 0.0);
+  for (int64_t i = 0; i < images * chunks; i++)
+    for (int64_t k = 0; k < both; k++) sums[i / chunks * both + k] += own[i * both + k];
+}
+
+// Of every image and channel: the sums of x - first and of its square, about the first pixel, so that little cancels.
+template <class T>
+static inline void sums_of(const typename T::number* x, int64_t images, int64_t pixels, int64_t channels, double* sums,
+                           int threads) {
+  std::vector<float> own(images * ((pixels + CHUNK - 1) / CHUNK) * 2 * channels);
+  over_chunks(images, pixels, threads, [&](int64_t chunk, int64_t image, int64_t from, int64_t count) {
+    const auto* first = x + image * pixels * channels;
+    float* to = own.data() + chunk * 2 * channels;
+    for (int64_t k = 0; k < channels; k += LANES) {
+      const vec about = T::read(first + k);
+      vec sum{}, square{};
+      for (int64_t p = from; p < from + count; p++) {
+        const vec value = T::read(first + p * channels + k) - about;
+        sum += value, square += value * value;
+      }
+      store(to + k, sum), store(to + channels + k, square);
+    }
+  });
+  gathered(own, images, pixels, channels, sums);
+}
+
+// out = act(x scale + shift), with a scale and a shift for every image and channel.
+template <class T, int ACT>
+static inline void mapped(const typename T::number* x, int64_t images, int64_t pixels, int64_t channels,
+                          const float* scale, const float* shift, typename T::number* out, int threads) {
+  over_chunks(images, pixels, threads, [&](int64_t, int64_t image, int64_t from, int64_t count) {
+    const int64_t start = (image * pixels + from) * channels;
+    for (int64_t k = 0; k < channels; k += LANES) {
+      const vec a = load(scale + image * channels + k), b = load(shift + image * channels + k);
+      for (int64_t at = start + k; at < start + count * channels; at += channels)
+        T::write(out + at, activated(T::read(x + at) * a + b, ACT));
+    }
+  });
+}
+
+// Back through the activation: out = grad act'(x scale + shift), its sums, and those of out (x - middle).
+template <class T, int ACT>
+static inline void back_to_norm(const typename T::number* grad, const typename T::number* x, int64_t images,
+                                int64_t pixels, int64_t channels, const float* scale, const float* shift,
+                                const float* middle, typename T::number* out, double* sums, int threads) {
+  std::vector<float> own(images * ((pixels + CHUNK - 1) / CHUNK) * 2 * channels);
+  over_chunks(images, pixels, threads, [&](int64_t chunk, int64_t image, int64_t from, int64_t count) {
+    const int64_t start = (image * pixels + from) * channels;
+    float* to = own.data() + chunk * 2 * channels;
+    for (int64_t k = 0; k < channels; k += LANES) {
+      const int64_t place = image * channels + k;
+      const vec a = load(scale + place), b = load(shift + place), about = load(middle + place);
+      vec sum{}, product{};
+      for (int64_t at = start + k; at < start + count * channels; at += channels) {
+        const vec own_x = T::read(x + at), d = T::read(grad + at) * slope<ACT>(own_x * a + b);
+        sum += d, product += d * (own_x - about);
+        T::write(out + at, d);
+      }
+      store(to + k, sum), store(to + channels + k, product);
+    }
+  });
+  gathered(own, images, pixels, channels, sums);
+}
+
+// Back through the norm: out = out a + x b + c, in place.
+template <class T>
+static inline void mixed(typename T::number* out, const typename T::number* x, int64_t images, int64_t pixels,
+                         int64_t channels, const float* a, const float* b, const float* c, int threads) {
+  over_chunks(images, pixels, threads, [&](int64_t, int64_t image, int64_t from, int64_t count) {
+    const int64_t start = (image * pixels + from) * channels;
+    for (int64_t k = 0; k < channels; k += LANES) {
+      const int64_t place = image * channels + k;
+      const vec own_a = load(a + place), own_b = load(b + place), own_c = load(c + place);
+      for (int64_t at = start + k; at < start + count * channels; at += channels)
+        T::write(out + at, T::read(out + at) * own_a + T::read(x + at) * own_b + own_c);
+    }
+  });
+}
+
+// A feature map as Python hands it over.
+struct Map {
+  int64_t is_half, images, pixels, channels;
+};
+
+template <class T, class Body>
+static inline void by_act(int64_t act, Body body) {
+  switch (act) {
+    case GELU: return body(T(), std::integral_constant<int, GELU>());
+    case SILU: return body(T(), std::integral_constant<int, SILU>());
+    default: return body(T(), std::integral_constant<int, NONE>());
+  }
+}
+
+// `body(Full or Half, the activation)`, both as types.
+template <class Body>
+static inline void by_kind(int64_t is_half, int64_t act, Body body) {
+  return is_half ? by_act<Half>(act, body) : by_act<Full>(act, body);
+}
+
+}  // namespace floyd
