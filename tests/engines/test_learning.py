@@ -157,3 +157,15 @@ def test_without_a_compiler_training_is_as_it_was_and_says_so(
     assert "no C++ compiler was found" in caplog.text
     assert model[0].weight.is_contiguous()
     assert "at_once" not in vars(model[1])
+
+
+@pytest.mark.usefixtures("compiled")
+def test_bfloat16_keeps_what_is_no_number() -> None:
+    """A loss that is none stops a run; it must not be lost on the way."""
+    norm, x_BCHW = quick_norm(), a_map(torch.bfloat16).detach()
+    x_BCHW[1, 5, 0, 1] = float("nan")
+    out_BCHW = normed(norm, x_BCHW, nn.GELU())
+    depth = CHANNELS // GROUPS
+    assert out_BCHW[1, :depth].isnan().all()  # the whole group
+    assert not out_BCHW[1, depth:].isnan().any()
+    assert not out_BCHW[[0, 2]].isnan().any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from floyd.engines import native
+from floyd.engines.learning import Norm
 from floyd.engines.native import ACTS, KINDS, Kernels, Op
 from floyd.engines.weights import Weights, panels
 from floyd.errors import EngineError
@@ -202,14 +204,15 @@ def test_windows_is_told_its_choices(monkeypatch: pytest.MonkeyPatch) -> None:
         native.kernels.__wrapped__()
 
 
-def test_the_structure_has_the_fields_of_the_header() -> None:
-    """In the same order; that their sizes agree is checked when the library is loaded."""
-    header = (native.SOURCES / "op.h").read_text()
-    start = header.index("struct Op {")
+@pytest.mark.parametrize(("structure", "file"), [(Op, "op.h"), (Norm, "learn.h")])
+def test_a_structure_has_the_fields_of_the_header(structure: type[ctypes.Structure], file: str) -> None:
+    """In the same order; that their sizes agree is checked when they are first used."""
+    header = (native.SOURCES / file).read_text()
+    start = header.index(f"struct {structure.__name__} {{")
     lines = [line.split("//")[0].strip() for line in header[start : header.index("};", start)].splitlines()[1:]]
     declared = " ".join(lines).replace("const ", "").replace("*", "").split(";")
     names = [name.strip() for line in declared if line.strip() for name in line.strip().split(" ", 1)[1].split(",")]
-    assert names == [field[0] for field in Op._fields_]
+    assert names == [field[0] for field in structure._fields_]
 
 
 @pytest.mark.parametrize(("enum", "names", "file"), [("Kind", KINDS, "op.h"), ("Act", ACTS, "simd.h")])

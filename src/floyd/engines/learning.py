@@ -3,11 +3,12 @@
 torch computes them one after the other, and GroupNorm back through feature maps that lie pixel by pixel (in which its
 convolutions are fastest) some ten times slower than it need be in bfloat16.
 
-B images  C channels  G groups  D channels of a group  H height  W width  P pixels (H*W)
+B images  C channels  G groups  H height  W width
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from typing import Any
 
@@ -16,13 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from floyd.engines.maps import Maps
-from floyd.engines.native import kernels
+from floyd.engines.native import ACTS, Kernels, kernels
 from floyd.errors import EngineError
 from floyd.nn.norm import compute_at_once, norms_of
 from floyd.nn.rewrites import Elementwise, is_watched
 
 log = logging.getLogger(__name__)
+
+_NUMBERS = "is_half images pixels channels groups act film_stride".split()
+_POINTERS = "x weight bias film_scale film_shift out scale shift mean root".split()
+
+
+class Norm(ctypes.Structure):
+    """What a norm reads and writes: kernels/learn.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("eps", ctypes.c_double),
+    )
 
 
 def quicken(model: nn.Module) -> bool:
@@ -33,7 +46,7 @@ def quicken(model: nn.Module) -> bool:
     if not (norms := norms_of(model)):
         return False
     try:
-        at_once = _AtOnce(Maps(kernels()))
+        at_once = _AtOnce(kernels())
     except EngineError as error:
         log.warning("Training goes on without kernels of its own, which take a sixth or more off a step. %s", error)
         return False
@@ -46,8 +59,10 @@ def quicken(model: nn.Module) -> bool:
 class _AtOnce:
     """See `floyd.nn.norm.AtOnce`."""
 
-    def __init__(self, maps: Maps) -> None:
-        self.maps = maps
+    def __init__(self, own: Kernels) -> None:
+        self.own = own
+        own.library.floyd_norm_bytes.restype = ctypes.c_int64
+        assert own.library.floyd_norm_bytes() == ctypes.sizeof(Norm), "learn.h and learning.py differ"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _AtOnce:
         return self
@@ -56,68 +71,82 @@ class _AtOnce:
         self, norm: nn.GroupNorm, x_BCHW: Tensor, act: Elementwise | None, film: tuple[Tensor, Tensor] | None
     ) -> Tensor | None:
         name = _act_name(act)
-        if name is None or not _fits(norm, x_BCHW, self.maps.lanes):
+        if name is None or not _fits(norm, x_BCHW, self.own.lanes):
             return None
-        weight_BC, bias_BC = (part.float().expand(len(x_BCHW), -1) for part in (norm.weight, norm.bias))
-        if film is not None:
-            scale_BC, shift_BC = (part.float() for part in film)
-            weight_BC, bias_BC = weight_BC * (1 + scale_BC), bias_BC * (1 + scale_BC) + shift_BC
-        out_BCHW: Tensor = _Normed.apply(x_BCHW, weight_BC, bias_BC, norm.num_groups, norm.eps, name, self.maps)
+        weight_C, bias_C = norm.weight.float(), norm.bias.float()
+        film_B2C = None if film is None else torch.stack(film, dim=1).float()
+        told = (norm.num_groups, norm.eps, ACTS.index(name), self.own.library)
+        out_BCHW: Tensor = _Normed.apply(x_BCHW, weight_C, bias_C, film_B2C, *told)
         return out_BCHW
 
 
 class _Normed(torch.autograd.Function):
-    """act(GroupNorm(x) weight + bias), weight and bias [B, C] in float32."""
+    """act(GroupNorm(x) weight + bias), weight and bias times 1 + film[:, 0], plus film[:, 1]; all but x in float32."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_BCHW: Tensor, weight_BC: Tensor, bias_BC: Tensor, groups: int, eps: float, act: str, maps: Maps
+        ctx: Any,
+        x_BCHW: Tensor,
+        weight_C: Tensor,
+        bias_C: Tensor,
+        film_B2C: Tensor | None,
+        groups: int,
+        eps: float,
+        act: int,
+        library: ctypes.CDLL,
     ) -> Tensor:
-        first_BC = x_BCHW[:, :, 0, 0].double()
-        sum_BC, square_BC = maps.sums(x_BCHW).unbind(1)
-        pixels = x_BCHW[0, 0].numel()
-        square_BC = square_BC + first_BC * (2 * sum_BC + first_BC * pixels)
-        sum_BC = sum_BC + first_BC * pixels
-        count = x_BCHW[0].numel() // groups
-        mean_BG1, square_BG1 = (_over_groups(part, groups) / count for part in (sum_BC, square_BC))
-        root_BG1 = ((square_BG1 - mean_BG1.square()).clamp_min(0) + eps).rsqrt()
-        scale_BC = _by_group(root_BG1, weight_BC)
-        shift_BC = bias_BC - _by_group(mean_BG1, scale_BC)
-        ctx.save_for_backward(x_BCHW, weight_BC, scale_BC, shift_BC, mean_BG1, root_BG1)
-        ctx.told = (act, maps)
-        return maps.mapped(x_BCHW, scale_BC, shift_BC, act)
+        batch, channels = x_BCHW.shape[:2]
+        out_BCHW = torch.empty_like(x_BCHW, memory_format=torch.channels_last)
+        affine_2BC, moments_2BG = weight_C.new_empty(2, batch, channels), weight_C.new_empty(2, batch, groups)
+        ctx.told = (groups, eps, act, library)
+        ctx.save_for_backward(x_BCHW, weight_C, bias_C, film_B2C, affine_2BC, moments_2BG)
+        norm = _described(x_BCHW, weight_C, bias_C, film_B2C, affine_2BC, moments_2BG, groups, eps, act)
+        norm.out = out_BCHW.data_ptr()
+        library.floyd_norm_forth(ctypes.byref(norm), ctypes.c_int32(torch.get_num_threads()))
+        return out_BCHW
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BCHW: Tensor) -> tuple[Tensor | None, ...]:
-        """With n = (x - mean) root: dx = root (g w - mean(g w) - n mean(g w n)), means over a group; g before act."""
-        x_BCHW, weight_BC, scale_BC, shift_BC, mean_BG1, root_BG1 = ctx.saved_tensors
-        act, maps = ctx.told
-        groups, count = mean_BG1.shape[1], x_BCHW[0].numel() // mean_BG1.shape[1]
-        middle_BC = _by_group(mean_BG1, torch.ones_like(weight_BC))
+        x_BCHW, weight_C, bias_C, film_B2C, affine_2BC, moments_2BG = ctx.saved_tensors
+        groups, eps, act, library = ctx.told
         grad_BCHW = grad_BCHW.to(x_BCHW.dtype).contiguous(memory_format=torch.channels_last)
-        out_BCHW, sums_B2C = maps.back_to_norm(grad_BCHW, x_BCHW, scale_BC, shift_BC, middle_BC, act)
-        bias_BC, product_BC = sums_B2C.unbind(1)
-        dweight_BC = _by_group(root_BG1, product_BC)
-        if ctx.needs_input_grad[0]:
-            mean_g_BG1 = _over_groups(bias_BC * weight_BC, groups) / count
-            mean_gn_BG1 = _over_groups(dweight_BC * weight_BC, groups) / count
-            slope_BG1 = -root_BG1.square() * mean_gn_BG1
-            ones_BC = torch.ones_like(weight_BC)
-            x_by_BC = _by_group(slope_BG1, ones_BC)
-            rest_BC = _by_group(-root_BG1 * mean_g_BG1 - slope_BG1 * mean_BG1, ones_BC)
-            maps.mix(out_BCHW, x_BCHW, scale_BC, x_by_BC, rest_BC)
-        return out_BCHW, dweight_BC.float(), bias_BC.float(), None, None, None, None
+        dx_BCHW = torch.empty_like(x_BCHW, memory_format=torch.channels_last)
+        dweight_BC, dbias_BC = parts_2BC = weight_C.new_empty(2, *x_BCHW.shape[:2])
+        norm = _described(x_BCHW, weight_C, bias_C, film_B2C, affine_2BC, moments_2BG, groups, eps, act)
+        library.floyd_norm_back(
+            ctypes.byref(norm),
+            *(ctypes.c_void_p(part.data_ptr()) for part in (grad_BCHW, dx_BCHW, dweight_BC, dbias_BC)),
+            ctypes.c_int32(torch.get_num_threads()),
+        )
+        dfilm_B2C = None
+        if film_B2C is not None:
+            if ctx.needs_input_grad[3]:
+                dfilm_B2C = torch.stack([torch.addcmul(dbias_BC * bias_C, dweight_BC, weight_C), dbias_BC], dim=1)
+            parts_2BC = parts_2BC * (1 + film_B2C[:, 0])
+        dweight_C, dbias_C = parts_2BC.sum(1) if any(ctx.needs_input_grad[1:3]) else (None, None)
+        return dx_BCHW, dweight_C, dbias_C, dfilm_B2C, None, None, None, None
 
 
-def _over_groups(x_BC: Tensor, groups: int) -> Tensor:
-    """[B, G, 1], the sums over the channels of each group."""
-    return x_BC.unflatten(1, (groups, -1)).sum(-1, keepdim=True)
-
-
-def _by_group(factor_BG1: Tensor, x_BC: Tensor) -> Tensor:
-    """x times its group's factor, as x is."""
-    return (x_BC.unflatten(1, (factor_BG1.shape[1], -1)) * factor_BG1).flatten(1).to(x_BC.dtype)
+def _described(
+    x_BCHW: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    film_B2C: Tensor | None,
+    affine_2BC: Tensor,
+    moments_2BG: Tensor,
+    groups: int,
+    eps: float,
+    act: int,
+) -> Norm:
+    batch, channels, height, width = x_BCHW.shape
+    norm = Norm(x_BCHW.dtype == torch.bfloat16, batch, height * width, channels, groups, act, 2 * channels, eps=eps)
+    norm.x, norm.weight, norm.bias = x_BCHW.data_ptr(), weight_C.data_ptr(), bias_C.data_ptr()
+    if film_B2C is not None:
+        norm.film_scale, norm.film_shift = film_B2C.data_ptr(), film_B2C[0, 1].data_ptr()
+    norm.scale, norm.shift = affine_2BC[0].data_ptr(), affine_2BC[1].data_ptr()
+    norm.mean, norm.root = moments_2BG[0].data_ptr(), moments_2BG[1].data_ptr()
+    return norm
 
 
 def _act_name(act: Elementwise | None) -> str | None:

@@ -88,38 +88,15 @@ void floyd_pack_conv3(const float* weight, int64_t outs, int64_t ins, const int3
   pack(weight, outs, ins, place, channels, out_channels, factor, packed, threads);
 }
 
-void floyd_sums(const Map* map, const void* x, double* sums, int32_t threads) {
-  by_kind(map->is_half, NONE, [&](auto kind, auto) {
-    using T = decltype(kind);
-    sums_of<T>(static_cast<const typename T::number*>(x), map->images, map->pixels, map->channels, sums, threads);
-  });
+int64_t floyd_norm_bytes() { return sizeof(Norm); }
+
+void floyd_norm_forth(const Norm* norm, int32_t threads) {
+  by_kind(*norm, [&](auto kind, auto act) { norm_forth<decltype(kind), act>(*norm, threads); });
 }
 
-void floyd_map(const Map* map, const void* x, const float* scale, const float* shift, int64_t act, void* out,
-               int32_t threads) {
-  by_kind(map->is_half, act, [&](auto kind, auto act) {
-    using T = decltype(kind);
-    mapped<T, act>(static_cast<const typename T::number*>(x), map->images, map->pixels, map->channels, scale, shift,
-                   static_cast<typename T::number*>(out), threads);
-  });
-}
-
-void floyd_back_to_norm(const Map* map, const void* grad, const void* x, const float* scale, const float* shift,
-                        const float* middle, int64_t act, void* out, double* sums, int32_t threads) {
-  by_kind(map->is_half, act, [&](auto kind, auto act) {
-    using T = decltype(kind);
-    using const_number = const typename T::number;
-    back_to_norm<T, act>(static_cast<const_number*>(grad), static_cast<const_number*>(x), map->images, map->pixels,
-                         map->channels, scale, shift, middle, static_cast<typename T::number*>(out), sums, threads);
-  });
-}
-
-void floyd_mix(const Map* map, void* out, const void* x, const float* a, const float* b, const float* c,
-               int32_t threads) {
-  by_kind(map->is_half, NONE, [&](auto kind, auto) {
-    using T = decltype(kind);
-    mixed<T>(static_cast<typename T::number*>(out), static_cast<const typename T::number*>(x), map->images,
-             map->pixels, map->channels, a, b, c, threads);
+void floyd_norm_back(const Norm* norm, const void* grad, void* dx, float* dweight, float* dbias, int32_t threads) {
+  by_kind(*norm, [&](auto kind, auto act) {
+    norm_back<decltype(kind), act>(*norm, grad, dx, dweight, dbias, threads);
   });
 }
 }

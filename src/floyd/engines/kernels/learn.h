@@ -12,6 +12,7 @@ namespace floyd {
 
 struct Full {
   typedef float number;
+  static inline float one(const float* from) { return *from; }
   static inline vec read(const float* from) { return load(from); }
   static inline void write(float* to, vec value) { store(to, value); }
 };
@@ -21,6 +22,13 @@ struct Half {
   typedef uint16_t number;
   typedef uint32_t words __attribute__((vector_size(LANES * 4)));
   typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
+
+  static inline float one(const uint16_t* from) {
+    const uint32_t wide = static_cast<uint32_t>(*from) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
 
   static inline vec read(const uint16_t* from) {
 #ifdef __AVX512F__
@@ -157,10 +165,79 @@ static inline void mixed(typename T::number* out, const typename T::number* x, i
   });
 }
 
-// A feature map as Python hands it over.
-struct Map {
-  int64_t is_half, images, pixels, channels;
+// A norm as Python hands it over: out = act(GroupNorm(x) weight + bias), weight and bias scaled and shifted by FiLM.
+struct Norm {
+  int64_t is_half, images, pixels, channels, groups, act, film_stride;  // film_stride: from image to image
+  const void* x;
+  const float *weight, *bias;            // [channels]
+  const float *film_scale, *film_shift;  // [images, channels]: times 1 + scale, plus shift; null: none
+  void* out;
+  float *scale, *shift;  // [images, channels], kept for the way back: out = act(x scale + shift)
+  float *mean, *root;    // [images, groups], kept too: root is 1 / sqrt(variance + eps)
+  double eps;
 };
+
+template <class T, int ACT>
+static inline void norm_forth(const Norm& norm, int threads) {
+  const auto* x = static_cast<const typename T::number*>(norm.x);
+  const int64_t channels = norm.channels, pixels = norm.pixels, depth = channels / norm.groups;
+  std::vector<double> sums(norm.images * 2 * channels);
+  sums_of<T>(x, norm.images, pixels, channels, sums.data(), threads);
+  for (int64_t i = 0; i < norm.images * norm.groups; i++) {
+    const int64_t image = i / norm.groups, start = i % norm.groups * depth;
+    const double *sum = sums.data() + image * 2 * channels, *square = sum + channels;
+    double total = 0, total_square = 0;
+    for (int64_t k = start; k < start + depth; k++) {
+      const double first = T::one(x + image * pixels * channels + k);
+      total += sum[k] + first * pixels;
+      total_square += square[k] + first * (2 * sum[k] + first * pixels);
+    }
+    const double count = static_cast<double>(pixels * depth), mean = total / count;
+    const double root = 1 / std::sqrt(std::max(total_square / count - mean * mean, 0.0) + norm.eps);
+    norm.mean[i] = static_cast<float>(mean), norm.root[i] = static_cast<float>(root);
+    for (int64_t k = start; k < start + depth; k++) {
+      double weight = norm.weight[k], bias = norm.bias[k];
+      if (norm.film_scale) {
+        const double film = 1.0 + norm.film_scale[image * norm.film_stride + k];
+        weight *= film, bias = bias * film + norm.film_shift[image * norm.film_stride + k];
+      }
+      weight *= root;
+      norm.scale[image * channels + k] = static_cast<float>(weight);
+      norm.shift[image * channels + k] = static_cast<float>(bias - mean * weight);
+    }
+  }
+  mapped<T, ACT>(x, norm.images, pixels, channels, norm.scale, norm.shift,
+                 static_cast<typename T::number*>(norm.out), threads);
+}
+
+// The gradients of x, and, of every image and channel, of weight and bias as FiLM left them. With n = (x - mean) root
+// and g what comes back through the activation: dx = root (g w - mean(g w) - n mean(g w n)), means over a group.
+template <class T, int ACT>
+static inline void norm_back(const Norm& norm, const void* grad, void* dx, float* dweight, float* dbias, int threads) {
+  const auto* x = static_cast<const typename T::number*>(norm.x);
+  auto* out = static_cast<typename T::number*>(dx);
+  const int64_t channels = norm.channels, depth = channels / norm.groups, all = norm.images * channels;
+  std::vector<double> sums(2 * all);
+  std::vector<float> middle(all), by_x(all), rest(all);
+  for (int64_t i = 0; i < all; i++) middle[i] = norm.mean[i / depth];
+  back_to_norm<T, ACT>(static_cast<const typename T::number*>(grad), x, norm.images, norm.pixels, channels, norm.scale,
+                       norm.shift, middle.data(), out, sums.data(), threads);
+  for (int64_t i = 0; i < norm.images * norm.groups; i++) {
+    const int64_t image = i / norm.groups, start = i % norm.groups * depth;
+    const double *sum = sums.data() + image * 2 * channels, *product = sum + channels;
+    const double count = static_cast<double>(norm.pixels * depth), root = norm.root[i];
+    double mean_g = 0, mean_gn = 0;  // the first times root, the second over it
+    for (int64_t k = start; k < start + depth; k++) {
+      const int64_t place = image * channels + k;
+      dweight[place] = static_cast<float>(root * product[k]), dbias[place] = static_cast<float>(sum[k]);
+      mean_g += norm.scale[place] * sum[k] / count, mean_gn += norm.scale[place] * product[k] / count;
+    }
+    const double slope = -root * root * mean_gn;
+    std::fill_n(by_x.begin() + image * channels + start, depth, static_cast<float>(slope));
+    std::fill_n(rest.begin() + image * channels + start, depth, static_cast<float>(-mean_g - slope * norm.mean[i]));
+  }
+  mixed<T>(out, x, norm.images, norm.pixels, channels, norm.scale, by_x.data(), rest.data(), threads);
+}
 
 template <class T, class Body>
 static inline void by_act(int64_t act, Body body) {
@@ -173,8 +250,8 @@ static inline void by_act(int64_t act, Body body) {
 
 // `body(Full or Half, the activation)`, both as types.
 template <class Body>
-static inline void by_kind(int64_t is_half, int64_t act, Body body) {
-  return is_half ? by_act<Half>(act, body) : by_act<Full>(act, body);
+static inline void by_kind(const Norm& norm, Body body) {
+  return norm.is_half ? by_act<Half>(norm.act, body) : by_act<Full>(norm.act, body);
 }
 
 }  // namespace floyd
