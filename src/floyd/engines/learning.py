@@ -48,7 +48,7 @@ def quicken(model: nn.Module) -> bool:
     try:
         at_once = _AtOnce(kernels())
     except EngineError as error:
-        log.warning("Training goes on without kernels of its own, which in bfloat16 take a seventh off a step. %s", error)
+        log.warning("Training goes on as torch does it, a sixth slower in bfloat16. %s", error)
         return False
     for norm in norms:
         compute_at_once(norm, at_once)
