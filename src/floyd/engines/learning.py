@@ -48,7 +48,7 @@ def quicken(model: nn.Module) -> bool:
     try:
         at_once = _AtOnce(kernels())
     except EngineError as error:
-        log.warning("Training goes on as torch does it, a sixth slower in bfloat16. %s", error)
+        log.warning("Training goes on as torch does it, a fifth slower in bfloat16. %s", error)
         return False
     for norm in norms:
         compute_at_once(norm, at_once)
