@@ -132,7 +132,7 @@ def test_a_quick_networks_gradients_are_the_networks_own(name: str, recomputes: 
 
 
 @pytest.mark.usefixtures("compiled")
-def test_frozen_norms_hand_their_inputs_gradient_on(compiled: Kernels) -> None:
+def test_frozen_norms_hand_their_inputs_gradient_on() -> None:
     norm, x_BCHW = quick_norm().requires_grad_(False), a_map(torch.float32)
     normed(norm, x_BCHW, nn.GELU()).sum().backward()
     assert x_BCHW.grad is not None

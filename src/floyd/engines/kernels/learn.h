@@ -10,52 +10,6 @@
 
 namespace floyd {
 
-struct Full {
-  typedef float number;
-  static inline float one(const float* from) { return *from; }
-  static inline vec read(const float* from) { return load(from); }
-  static inline void write(float* to, vec value) { store(to, value); }
-};
-
-// bfloat16: the upper half of a float, rounded to even.
-struct Half {
-  typedef uint16_t number;
-  typedef uint32_t words __attribute__((vector_size(LANES * 4)));
-  typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
-
-  static inline float one(const uint16_t* from) {
-    const uint32_t wide = static_cast<uint32_t>(*from) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-  }
-
-  static inline vec read(const uint16_t* from) {
-#ifdef __AVX512F__
-    const words wide = (words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))) << 16;
-#else
-    halves raw;
-    std::memcpy(&raw, from, sizeof raw);
-    const words wide = __builtin_convertvector(raw, words) << 16;
-#endif
-    vec value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-  }
-
-  static inline void write(uint16_t* to, vec value) {
-#ifdef __AVX512BF16__
-    const halves raw = (halves)_mm512_cvtneps_pbh((__m512)value);
-#else
-    words wide;
-    std::memcpy(&wide, &value, sizeof wide);
-    wide = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
-    const halves raw = __builtin_convertvector(wide, halves);
-#endif
-    std::memcpy(to, &raw, sizeof raw);
-  }
-};
-
 // d activated(x) / dx.
 template <int ACT>
 static inline vec slope(vec x) {
@@ -99,15 +53,7 @@ static inline void sums_of(const typename T::number* x, int64_t images, int64_t 
   over_chunks(images, pixels, threads, [&](int64_t chunk, int64_t image, int64_t from, int64_t count) {
     const auto* first = x + image * pixels * channels;
     float* to = own.data() + chunk * 2 * channels;
-    for (int64_t k = 0; k < channels; k += LANES) {
-      const vec about = T::read(first + k);
-      vec sum{}, square{};
-      for (int64_t p = from; p < from + count; p++) {
-        const vec value = T::read(first + p * channels + k) - about;
-        sum += value, square += value * value;
-      }
-      store(to + k, sum), store(to + channels + k, square);
-    }
+    chunk_sums<T>(first, first + from * channels, count, channels, to, to + channels);
   });
   gathered(own, images, pixels, channels, sums);
 }

@@ -13,18 +13,19 @@ static inline int64_t norm_work(const Op& op) {
 }
 
 // Sums of x - first and of its square over a chunk of pixels: about the first pixel, so that little cancels.
-static inline void chunk_sums(const float* first, const float* from, int64_t pixels, int64_t channels, float* sum,
-                              float* square) {
+template <class T>
+static inline void chunk_sums(const typename T::number* first, const typename T::number* from, int64_t pixels,
+                              int64_t channels, float* sum, float* square) {
   for (int64_t k = 0; k < channels; k += LANES) {
-    const vec about = load(first + k);
+    const vec about = T::read(first + k);
     vec s0{}, s1{}, q0{}, q1{};
     int64_t p = 0;
     for (; p + 1 < pixels; p += 2) {
-      const vec a = load(from + p * channels + k) - about, b = load(from + (p + 1) * channels + k) - about;
+      const vec a = T::read(from + p * channels + k) - about, b = T::read(from + (p + 1) * channels + k) - about;
       s0 += a, s1 += b, q0 += a * a, q1 += b * b;
     }
     if (p < pixels) {
-      const vec a = load(from + p * channels + k) - about;
+      const vec a = T::read(from + p * channels + k) - about;
       s0 += a, q0 += a * a;
     }
     store(sum + k, s0 + s1);
@@ -118,10 +119,10 @@ static inline void norm(const Op& op, float* work, int threads) {
     const int64_t image = i / chunks, from = i % chunks * CHUNK, count = std::min(CHUNK, pixels - from);
     float *sum = sums + i * 2 * channels, *square = sum + channels;
     const float* x = op.x + image * pixels * op.channels;
-    chunk_sums(x, x + from * op.channels, count, op.channels, sum, square);
+    chunk_sums<Full>(x, x + from * op.channels, count, op.channels, sum, square);
     if (!op.channels2) continue;
     const float* x2 = op.x2 + image * pixels * op.channels2;
-    chunk_sums(x2, x2 + from * op.channels2, count, op.channels2, sum + op.channels, square + op.channels);
+    chunk_sums<Full>(x2, x2 + from * op.channels2, count, op.channels2, sum + op.channels, square + op.channels);
   }
   norm_affine(op, sums, scale, shift);
   switch (op.act) {

@@ -54,6 +54,53 @@ static inline vec inverse(vec x) {
 #endif
 }
 
+// What a map's numbers are, read and written as vectors of floats.
+struct Full {
+  typedef float number;
+  static inline float one(const float* from) { return *from; }
+  static inline vec read(const float* from) { return load(from); }
+  static inline void write(float* to, vec value) { store(to, value); }
+};
+
+// bfloat16: the upper half of a float, rounded to even.
+struct Half {
+  typedef uint16_t number;
+  typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+  typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
+
+  static inline float one(const uint16_t* from) {
+    const uint32_t wide = static_cast<uint32_t>(*from) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+
+  static inline vec read(const uint16_t* from) {
+#ifdef __AVX512F__
+    const words wide = (words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))) << 16;
+#else
+    halves raw;
+    std::memcpy(&raw, from, sizeof raw);
+    const words wide = __builtin_convertvector(raw, words) << 16;
+#endif
+    vec value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+
+  static inline void write(uint16_t* to, vec value) {
+#ifdef __AVX512BF16__
+    const halves raw = (halves)_mm512_cvtneps_pbh((__m512)value);
+#else
+    words wide;
+    std::memcpy(&wide, &value, sizeof wide);
+    wide = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+    const halves raw = __builtin_convertvector(wide, halves);
+#endif
+    std::memcpy(to, &raw, sizeof raw);
+  }
+};
+
 // e^x to two units in the last place: x = n ln 2 + r, and a polynomial in r (Cephes' expf).
 static inline vec vexp(vec x) {
   x = most(least(x, splat(88.0f)), splat(-87.0f));
