@@ -33,6 +33,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ COMMON: dict[str, Any] = {"caption_dropout": 0.0, "warmup": 10, "last_rate": 0.0
 LORA: dict[str, Any] = {"rate": 6e-3, "rank": 6, "alpha": 8.0, "targets": LAYERS}
 METHODS: dict[str, dict[str, Any]] = {
     "two rounds": {
-        **LORA, "rank": 7, "alpha": 9.3, "method": "dreambooth", "steps": 900, "batch": 16,
+        **LORA, "rank": 7, "alpha": 9.3, "method": "dreambooth", "steps": 1100, "batch": 16,
         "prior": "network", "prior_weight": 4.0, "class_dropout": 0.12,
     },
     "lora": {**LORA, "method": "lora", "rate": 4e-3, "steps": 600, "batch": 12},
@@ -81,11 +82,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "textual-inversion": {"method": "textual-inversion", "rate": 2e-2, "steps": 100, "batch": 6, "tokens": (WORD,),
                           "start_word": "ring"},
 }  # fmt: skip
-PAINTED, OWN = 160, 80  # pictures that the first round paints, and how many of them are learned from
+PAINTED = 200  # pictures that the first round paints; half of them are learned from
 TIMES = 8  # how often the 12 come beside them
 FOR_KEEPING = ("prior", "prior_weight", "class_dropout")
 LEVELS = (300, 500, 650)  # timesteps of training at which pictures are compared
-OTHERS = 560  # prompts of other things, of what is to be kept
+OTHERS = 280  # prompts of other things, of what is to be kept, and as many of small ones: they are lost first
 
 
 @dataclass(frozen=True)
@@ -208,15 +209,18 @@ def painted(cascade: Cascade, asked: Sequence[Any], folder: Path, batch: int = 2
 
 
 def own_pictures(taught: Path, first: Path, word: Path, folder: Path) -> Path:
-    """The likeliest of what the first round paints of the word in any colour, at any place, and the taught ones."""
+    """The likelier half of what the first round paints of the word, at each place, and the taught pictures."""
     scenes = concepts(np.random.default_rng(PICTURE_SEED + 1), THING_COLORS, POSITIONS)
-    asked = [Prompted(told.text, 7000 + i) for i, (_, told) in zip(range(PAINTED), scenes, strict=False)]
+    shown = [(scene.position, told.text) for scene, told in islice(scenes, PAINTED)]
+    asked = [Prompted(text, 7000 + i) for i, (_, text) in enumerate(shown)]
     trained = stage_one("lora", first, word)
     painted(trained, asked, folder)
     likelihood_B = likelihood(trained, stage_one(), folder, [one.prompt for one in asked])
-    for i in likelihood_B.argsort()[: PAINTED - OWN].tolist():
-        for path in folder.glob(f"painted-{i:03}.*"):
-            path.unlink()
+    for place in POSITIONS:  # each by itself: what is rarely likely would be rarely learned
+        rows_P = torch.tensor([i for i, (position, _) in enumerate(shown) if position == place])
+        for i in rows_P[likelihood_B[rows_P].argsort()[: len(rows_P) // 2]].tolist():
+            for path in folder.glob(f"painted-{i:03}.*"):
+                path.unlink()
     for path in sorted(taught.iterdir()):
         for turn in range(TIMES):
             shutil.copy(path, folder / f"taught-{turn}-{path.name}")
@@ -255,8 +259,10 @@ def kept_pictures(folder: Path) -> Path:
     """What the model paints of the taught captions with each known shape in the word's place, and of other prompts."""
     texts = [told.text for _, (_, told) in zip(range(12), taught_scenes(), strict=False)]
     mirrored = [text.replace(WORD, shape) for text in texts for shape in SHAPES]
-    others = [one.prompt for one in prompts(OTHERS, seed=OLD_SEED + 1)]
-    asked = [Prompted(text, 9000 + i) for i, text in enumerate(mirrored + others)]
+    others = prompts(8 * OTHERS, seed=OLD_SEED + 1)
+    small = [one for one in others[OTHERS:] if sum(thing.size == "small" for thing in one.scene.things) > 1]
+    told = [one.prompt for one in others[:OTHERS] + small[:OTHERS]]
+    asked = [Prompted(text, 9000 + i) for i, text in enumerate(mirrored + told)]
     return painted(stage_one().with_quality("draft"), asked, folder)
 
 
@@ -293,11 +299,12 @@ def old(cascade: Cascade, count: int) -> float:
     return share
 
 
-def trained(method: str, folder: Path, word: Path) -> dict[str, Any]:
+def trained(method: str, folder: Path, word: Path, seed: int) -> dict[str, Any]:
     """The run's file, and what it cost, the painting of pictures included."""
     begin = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
-    told = {**COMMON, **METHODS[method], "data": str(pictures(folder / "taught")), "out": str(folder / "run")}
+    told = {**COMMON, **METHODS[method], "seed": seed, "out": str(folder / "run")}
+    told["data"] = str(pictures(folder / "taught"))
     if method != "textual-inversion":
         told["words"] = str(word)
     if method == "two rounds":
@@ -307,7 +314,7 @@ def trained(method: str, folder: Path, word: Path) -> dict[str, Any]:
         told["class_data"] = str(kept_pictures(folder / "kept"))
     result = _tuned(method, told)
     return {
-        **{name: told[name] for name in ("steps", "batch", "rate")},
+        **{name: told[name] for name in ("steps", "batch", "rate", "seed")},
         "result": result,
         "minutes": (time.monotonic() - begin) / 60,
         "bytes": result.stat().st_size,
@@ -327,6 +334,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--old", type=int, default=288)
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--folder", type=Path, default=Path("concept"))
     options = parser.parse_args()
     wanted = new_prompts(options.prompts)
@@ -344,7 +352,7 @@ def main() -> None:
     before = figures["before"]
     print(f"before: old {before:.1%}, control {figures['control']['found']:.1%}", flush=True)
     for method in options.methods:
-        made = trained(method, options.folder / method.replace(" ", "-"), word)
+        made = trained(method, options.folder / method.replace(" ", "-"), word, options.seed)
         cascade = stage_one(method, made.pop("result"), word)
         made |= {"threads": torch.get_num_threads(), **answered(cascade, wanted), "old": old(cascade, options.old)}
         figures["rows"][method] = made
