@@ -30,6 +30,7 @@ from floyd.pipelines.run import stage_seed
 
 PROMPT = "a large red circle above a small blue square on a white background"
 PARTS = ("stage I", "stage II", "stage III")
+WAYS = {"floyd": "auto", "floyd torch": None, "floyd openvino": "openvino"}  # the first as it is unless told otherwise
 MOST_LEVELS = 16  # one number of millions; rounding adds up over 66 steps
 
 Painted = tuple[np.ndarray, list[float]]  # the picture, and seconds of each stage
@@ -92,7 +93,7 @@ def ours(clock: str, engine: str | None) -> Callable[[], Painted]:
 
 def measured(only: list[str], rounds: int, clock: str) -> dict[str, Any]:
     painters: dict[str, Callable[[], Painted]] = {"diffusers": incumbent(clock, built_in().presets)}
-    for name, engine in (("floyd", None), ("floyd winograd", "winograd"), ("floyd openvino", "openvino")):
+    for name, engine in WAYS.items():
         try:
             if not only or name in only:
                 painters[name] = ours(clock, engine)

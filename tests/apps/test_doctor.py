@@ -3,6 +3,7 @@ from __future__ import annotations
 import builtins
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +18,8 @@ from floyd.errors import CheckpointError
 from floyd.pipelines.cascade import Cascade
 
 LOOKS = (
-    "floyd", "python", "torch", "packages", "extras", "devices", "memory", "disk", "cache", "token", "settings",
-    "picture",
+    "floyd", "python", "torch", "packages", "extras", "devices", "engine", "memory", "disk", "cache", "token",
+    "settings", "picture",
 )  # fmt: skip
 
 
@@ -95,6 +96,16 @@ def test_a_missing_package_and_an_old_one_are_named(monkeypatch: pytest.MonkeyPa
     assert found.advice == 'pip install "nosuchpackage<2,>=1" "numpy>=999"'
     assert doctor.extras().says == "fast: without alsonone"
     assert doctor.extras().facts == {"extras": {"fast": False}}
+
+
+def test_without_a_compiler_the_cpu_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = doctor.engine()
+    assert found.state == "note"
+    assert "half the speed" in found.says
+    assert "no-such-compiler" in found.advice
+    monkeypatch.setenv("CXX", f"{sys.executable} -S")
+    assert doctor.engine().facts == {"compiler": [sys.executable, "-S"]}
 
 
 def test_a_look_that_fails_says_what_to_do(monkeypatch: pytest.MonkeyPatch, brush: list[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Tiny UNets that between them have every feature an engine must know, and what they are given."""
+"""Tiny networks that between them have every feature an engine must know, and what they are given."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tests import tiny
 from torch import Tensor
 
 from floyd.models.unet import UNet2DConditionModel
+from floyd.models.vae import AutoencoderKL
 
 _ATTENTION = ("SimpleCrossAttnDownBlock2D",) * 2
 _LEVELS: dict[str, Any] = {
@@ -82,3 +83,14 @@ def stepped(runner: Any, x_BCHW: Tensor, text_BLE: Tensor, labels_B: Tensor | No
 
 def relative(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
+
+
+def autoencoder(*widths: int, attends: bool = True, act: str = "silu") -> AutoencoderKL:
+    torch.manual_seed(0)
+    types = {
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+    }
+    sizes = {"layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 8}
+    vae = AutoencoderKL(block_out_channels=widths, act_fn=act, mid_block_add_attention=attends, **types, **sizes)
+    return vae.eval()

@@ -6,29 +6,17 @@ import copy
 
 import pytest
 import torch
+from tests.engines.networks import autoencoder
 from torch import Tensor
 
 from floyd.engines.decoder import prepared
-from floyd.engines.registry import prepared_decoder
+from floyd.engines.registry import decoder_for
 from floyd.errors import EngineError
 from floyd.models.vae import AutoencoderKL
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
 EXACT = 1e-4
-
-
-def autoencoder(*widths: int, attends: bool = True, act: str = "silu") -> AutoencoderKL:
-    torch.manual_seed(0)
-    types = {
-        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
-        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
-    }
-    sizes = {"layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 8}
-    vae = AutoencoderKL(
-        block_out_channels=widths, act_fn=act, mid_block_add_attention=attends, **types, **sizes
-    )  # fmt: skip
-    return vae.eval()
 
 
 def latents(batch: int = 2, height: int = 7, wide: int = 10) -> Tensor:
@@ -79,4 +67,4 @@ def test_what_is_not_plain_is_refused_and_openvino_has_no_decoder() -> None:
         prepared(torch.nn.Identity())
     with pytest.raises(ValueError, match="float32"):
         prepared(autoencoder(16))(latents().double())
-    assert prepared_decoder("openvino", autoencoder(16)) is None
+    assert decoder_for("openvino", autoencoder(16)) is None

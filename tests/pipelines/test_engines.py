@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests import tiny
 from floyd.errors import EngineError
 from floyd.pipelines.cascade import Cascade
 from floyd.pipelines.deepfloyd_if import IFImg2ImgPipeline
+from floyd.runtime.budget import Budget
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -120,3 +122,55 @@ def test_a_cascade_is_run_by_an_engine_in_all_stages_or_in_none(ours: dict[str, 
     with pytest.raises(EngineError):
         cascade.use_engine("winograd")
     assert all(stage._engine is None for stage in cascade.stages.values())
+
+
+def test_auto_is_for_each_stage_and_call_what_can_run_it(ours: dict[str, Any]) -> None:
+    cascade = Cascade(*ours.values())
+    cascade.use_engine("auto")
+    assert [stage.engine for stage in cascade.stages.values()] == ["winograd"] * 3
+    pipe = ours["one"]
+    by_engine = pipe(**call("one")).images
+    handle = pipe.unet.conv_in.register_forward_hook(lambda *_: None)
+    assert [stage.engine for stage in cascade.stages.values()] == [None, "winograd", "winograd"]
+    plain = pipe(**call("one")).images
+    handle.remove()
+    assert not torch.equal(plain, by_engine)
+    assert torch.equal(pipe(**call("one")).images, by_engine)
+    cascade.use_engine(None)
+    assert [stage.engine for stage in cascade.stages.values()] == [None] * 3
+    torch.testing.assert_close(pipe(**call("one")).images, plain, atol=1e-4, rtol=0)
+
+
+def test_auto_decodes_by_itself_what_the_engine_cannot(ours: dict[str, Any]) -> None:
+    pipe = ours["three"]
+    pipe.use_engine("winograd")
+    expected = pipe(**call("three")).images
+    pipe.use_engine("auto")
+    assert torch.equal(pipe(**call("three")).images, expected)
+    pipe.vae.decoder.conv_in.register_forward_hook(lambda *_: None)
+    got = pipe(**call("three")).images
+    assert not torch.equal(got, expected)
+    torch.testing.assert_close(got, expected, atol=2e-3, rtol=0)
+
+
+def test_auto_leaves_alone_what_is_compiled(ours: dict[str, Any]) -> None:
+    pipe = ours["one"]
+    pipe.use_engine("auto")
+    assert pipe.engine == "winograd"
+    pipe.switches = replace(pipe.switches, compiled=True)
+    assert pipe.engine is None
+
+
+def test_an_engine_needs_a_network(ours: dict[str, Any]) -> None:
+    for pipe in ours.values():
+        pipe.unet = None
+        with pytest.raises(ValueError, match="unet"):
+            pipe.use_engine("auto")
+
+
+def test_the_built_in_cascade_is_painted_by_an_engine() -> None:
+    cascade = Cascade.built_in()
+    assert [stage.engine for stage in cascade.stages.values()] == ["winograd"] * 3
+    assert [stage.engine for stage in cascade.with_quality("draft").stages.values()] == ["winograd"] * 3
+    planned = Cascade.built_in(memory=Budget(vram=0))
+    assert [stage.engine for stage in planned.stages.values()] == [None] * 3

@@ -52,6 +52,7 @@ def examine(device: str = "auto", *, online: bool = False) -> Iterator[Finding]:
         "packages": packages,
         "extras": extras,
         "devices": devices,
+        "engine": engine,
         "memory": memory,
         "disk": disk,
         "cache": cache,
@@ -218,6 +219,19 @@ def _xpu(torch: Any) -> Iterator[dict[str, Any]]:
 def _memory_of(one: dict[str, Any]) -> str:
     free = "" if one["free_bytes"] is None else f", {told_size(one['free_bytes'])} free"
     return f"{told_size(one['total_bytes'])}{free}"
+
+
+def engine() -> Finding:
+    from floyd.engines.native import found_compiler
+    from floyd.errors import EngineError
+
+    try:
+        words = found_compiler()
+    except EngineError as error:
+        says = "torch runs the networks on the CPU: without a C++ compiler at half the speed"
+        return Finding("engine", "note", says, str(error), facts={"compiler": None})
+    says = f"winograd runs the networks on the CPU, compiled by {' '.join(words)}"
+    return Finding("engine", "ok", says, facts={"compiler": words})
 
 
 def memory() -> Finding:

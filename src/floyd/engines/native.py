@@ -101,7 +101,7 @@ class Kernels:
 @cache
 def kernels() -> Kernels:
     """The library for this processor, compiled if it is not in the cache."""
-    compiler = _compiler()
+    compiler = found_compiler()
     target, traits = _target(compiler)
     path = cache_folder() / f"kernels-{_name(compiler, target, traits)}.so"
     if not path.exists():
@@ -115,7 +115,8 @@ def cache_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "floyd" / "engines"
 
 
-def _compiler() -> list[str]:
+def found_compiler() -> list[str]:
+    """Its words on a command line. EngineError: there is none."""
     if sys.platform == "win32":
         raise EngineError(
             "The engine's kernels are compiled with GCC or Clang, which floyd does not look for on Windows. Use WSL, "

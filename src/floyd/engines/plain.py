@@ -22,7 +22,7 @@ _ACTS = (nn.SiLU, nn.GELU, nn.Mish, nn.ReLU)
 def check_network(unet: nn.Module) -> None:
     """Every layer computes what its class says, with its own weights, in float32 on the CPU, and nobody watches."""
     for name, module in unet.named_modules():
-        is_ours = type(module).__module__.startswith("floyd.") and "adapters" not in type(module).__module__
+        is_ours = type(module).__module__.startswith(("floyd.models.", "floyd.nn."))  # not adapters, nor fewer bits
         if not is_ours and type(module) not in (*_LEAVES, *_ACTS, nn.ModuleList):
             raise EngineError(
                 f"Layer {name or 'unet'} is a {type(module).__module__}.{type(module).__name__}, which engines do not "

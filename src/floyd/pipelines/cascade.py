@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 
+from floyd.engines.registry import AUTO
 from floyd.errors import ConfigError, EngineError
 from floyd.pipelines.deepfloyd_if import IFPipeline, IFSuperResolutionPipeline
 from floyd.pipelines.events import CascadeResult, Done, Event, StageDone, StageStarted, StepDone
@@ -92,8 +93,11 @@ class Cascade:
 
     @classmethod
     def built_in(cls, **options: Any) -> Self:
-        """The small checkpoint that comes with floyd."""
-        return cls.from_pretrained(os.fspath(files("floyd") / "mini"), **options)  # type: ignore[call-overload]
+        """The small checkpoint that comes with floyd. Where an engine can, it paints ("auto": see `use_engine`)."""
+        cascade = cls.from_pretrained(os.fspath(files("floyd") / "mini"), **options)  # type: ignore[call-overload]
+        if cascade.memory is None:
+            cascade.use_engine(AUTO)
+        return cascade
 
     def save_pretrained(self, root: str | os.PathLike[str], **options: Any) -> None:
         """A folder that `from_pretrained` reads; `options` are those of `DiffusionPipeline.save_pretrained`."""

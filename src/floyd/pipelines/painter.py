@@ -23,13 +23,13 @@ from floyd.diffusion.noise import Noise
 from floyd.diffusion.repaint import repainting
 from floyd.diffusion.samplers import Sampler
 from floyd.diffusion.timesteps import Step
-from floyd.engines.registry import prepared
+from floyd.engines.registry import AUTO, BEST, engine_for
 from floyd.images.colors import with_colors_of
 from floyd.pipelines.apart import Apart, each, predictor, steady
 from floyd.pipelines.finish import Finished, Judge
 from floyd.pipelines.lora import LoraPipeline
 from floyd.pipelines.memory import Managed, first_line, make_room, restore, second_try, states_of
-from floyd.pipelines.network import Networks, is_ours
+from floyd.pipelines.network import Networks, is_compiled, is_ours
 from floyd.pipelines.options import Action, Options, StageOptions, check_interval, with_defaults
 from floyd.pipelines.task import Chain, Task, first, low_res
 from floyd.pipelines.timed import part_of, timed_network, timed_predict
@@ -145,19 +145,30 @@ class Painter(LoraPipeline, ABC):
     def use_engine(self, engine: str | None, **options: Any) -> None:
         """From now on run the UNet's steps by another engine, "winograd" or "openvino"; None: by the UNet itself.
 
-        EngineError: the engine cannot run here, or not this network, and nothing has changed.
+        "auto" is the fastest that computes the same: "winograd" where it can run the network as it is at a call, or
+        else the UNet itself. EngineError: the engine that was named cannot run here, or not this network, and nothing
+        has changed.
         """
         self._need("unet")
-        self._engine = None if engine is None else (engine, options, prepared(engine, self.unet, **options))
+        self._engine = None if engine is None else (engine, options, engine_for(engine, self.unet, **options))
+
+    @property
+    def engine(self) -> str | None:
+        """The name of what would run the UNet's steps in its place, as things are."""
+        if self._engine is None or self._running(self.unet) is self.unet:
+            return None
+        return BEST if self._engine[0] == AUTO else self._engine[0]
 
     def _running(self, unet: Any) -> Any:
         """What takes the UNet's place; made anew if the pipeline was given another UNet."""
         if self._engine is None:
             return unet
-        name, options, engine = self._engine
-        if engine.unet is not unet:
-            engine = prepared(name, unet, **options)
-            self._engine = (name, options, engine)
+        name, options, made = self._engine
+        is_compiled_instead = name == AUTO and (self.switches.compiled or is_compiled(unet))
+        engine = None if is_compiled_instead else engine_for(name, unet, made, **options)
+        if engine is None:
+            return unet
+        self._engine = (name, options, engine)
         return engine
 
     def profile(self, *, floor: bool = True) -> Profile:

@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from floyd.adapters.attached import heeds_calls
 from floyd.adapters.calls import call_scale
 from floyd.diffusion.canvas import Canvas
-from floyd.engines.registry import engine_names, prepared_decoder
+from floyd.engines.registry import Decoder, decoder_for, engine_names
 from floyd.models.vae import AutoencoderKL
 from floyd.pipelines.apart import steady
 from floyd.pipelines.finish import Finished
@@ -78,7 +78,7 @@ class StableDiffusionUpscalePipeline(Painter):
     text_encoder: Any
     tokenizer: Any
     low_res_scheduler: Any
-    _decoder: tuple[Any, ...] = ()  # an engine's name, a VAE, and what the engine has for it
+    _decoder: Decoder | None = None  # what the engine has for the VAE
 
     def __init__(
         self,
@@ -228,11 +228,12 @@ class StableDiffusionUpscalePipeline(Painter):
     def use_engine(self, engine: str | None, **options: Any) -> None:
         """From now on run the UNet's steps, and with "winograd" the VAE's decoder, by another engine; None: by neither.
 
-        EngineError: the engine cannot run here, or not these networks, and nothing has changed.
+        "auto" is "winograd" for each of both where it runs. EngineError: the engine that was named cannot run here, or
+        not these networks, and nothing has changed.
         """
-        decoder: tuple[Any, ...] = ()
+        decoder = None
         if engine is not None and engine in engine_names() and isinstance(self.vae, AutoencoderKL):
-            decoder = (engine, self.vae, prepared_decoder(engine, self.vae))
+            decoder = decoder_for(engine, self.vae)
         super().use_engine(engine, **options)
         self._decoder = decoder
 
@@ -253,14 +254,13 @@ class StableDiffusionUpscalePipeline(Painter):
             x_BCHW: Tensor = (ready.decode(z_BZhw) if by is None else ready.decode(z_BZhw, by=by)).sample
         return x_BCHW.float()
 
-    def _decoder_of(self, vae: Any) -> Any:
+    def _decoder_of(self, vae: Any) -> Decoder | None:
         """What the engine that runs the UNet has for the VAE; None: the VAE decodes itself."""
         if self._engine is None or not isinstance(vae, AutoencoderKL):
             return None
-        engine = self._engine[0]
-        if self._decoder[:2] != (engine, vae):
-            self._decoder = (engine, vae, prepared_decoder(engine, vae))
-        return self._decoder[2]
+        decoder = decoder_for(self._engine[0], vae, self._decoder)
+        self._decoder = decoder or self._decoder
+        return decoder
 
     def _task(self, arguments: Mapping[str, Any]) -> Task:
         self._need("vae", "low_res_scheduler")

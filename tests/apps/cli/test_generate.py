@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,17 @@ PROMPT = "a red circle above a blue square, ünïcödé 猫"
 
 
 @pytest.fixture
-def generate(folder: Path, cascade: Cascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def generate(
+    folder: Path, cascade: Cascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Result]]:
     """`floyd generate PROMPT -o tmp_path/picture.png`, with a cascade that is loaded already."""
     monkeypatch.setattr(Cascade, "from_pretrained", lambda *models, **options: cascade)
 
     def run(*arguments: str, prompt: str = PROMPT, output: str = "picture.png", model: str = str(folder)) -> Result:
         return CliRunner().invoke(app, ["generate", prompt, "-o", str(tmp_path / output), "--model", model, *arguments])
 
-    return run
+    yield run
+    cascade.use_engine(None)  # which all tests share
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -55,7 +58,9 @@ def test_the_picture_is_the_cascades(generate: Callable[..., Result], cascade: C
     assert np.array_equal(pixels(tmp_path / "picture.png"), np.asarray(expected))
 
 
-def test_the_file_says_what_made_it(generate: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+def test_the_file_says_what_made_it(
+    generate: Callable[..., Result], folder: Path, tmp_path: Path, compiled: object
+) -> None:
     generate("--seed", "4", "--size", "96", "--guidance", "3,1.5", "--negative-prompt", "a dog")
     assert read_info(tmp_path / "picture.png") == {
         "prompt": PROMPT,
@@ -66,6 +71,7 @@ def test_the_file_says_what_made_it(generate: Callable[..., Result], folder: Pat
         "guidance": "3,1.5",
         "model": str(folder),
         "model_hash": fingerprint(folder),
+        "engine": "winograd",
         "dtype": "float32",
         "device": "cpu",
         "Software": f"floyd {floyd.__version__}",
@@ -138,19 +144,26 @@ def test_a_quality_is_kept_in_the_file_and_makes_the_picture_again(
     assert not np.array_equal(pixels(tmp_path / "picture.png"), pixels(tmp_path / "other.png"))
 
 
-def test_an_engine_paints_the_same_picture_and_fewer_bits_another(folder: Path, tmp_path: Path) -> None:
+def test_an_engine_paints_the_same_picture_and_fewer_bits_another(
+    folder: Path, tmp_path: Path, compiled: object
+) -> None:
     """Nothing is replaced here. The file names them."""
 
     def drawn(name: str, *arguments: str) -> np.ndarray:
-        told = ["-o", str(tmp_path / name), "--model", str(folder), "--device", "cpu", "--size", "96", *arguments]
+        place = [] if "--ram" in arguments else ["--device", "cpu"]
+        told = ["-o", str(tmp_path / name), "--model", str(folder), *place, "--size", "96", *arguments]
         result = CliRunner().invoke(app, ["generate", PROMPT, *told])
         assert result.exit_code == 0, result.stderr
         return pixels(tmp_path / name).astype(int)
 
-    plain = drawn("plain.png")
+    plain = drawn("plain.png", "--engine", "torch")
     assert np.abs(drawn("engine.png", "--engine", "winograd") - plain).max() <= 1
     assert np.abs(drawn("coarse.png", "--quantization", "int4") - plain).max() > 1
-    assert read_info(tmp_path / "engine.png")["engine"] == "winograd"
+    assert np.array_equal(drawn("auto.png"), drawn("engine.png", "--engine", "winograd"))
+    assert np.array_equal(drawn("planned.png", "--ram", "2GB"), drawn("torch.png", "--ram", "2GB", "--engine", "torch"))
+    assert "engine" not in read_info(tmp_path / "plain.png") | read_info(tmp_path / "planned.png")
+    assert read_info(tmp_path / "engine.png")["engine"] == read_info(tmp_path / "auto.png")["engine"] == "winograd"
+    assert "engine" not in read_info(tmp_path / "coarse.png")
     assert read_info(tmp_path / "coarse.png")["quantization"] == "int4"
 
 
@@ -313,7 +326,10 @@ def test_an_empty_prompt_is_refused(generate: Callable[..., Result], tmp_path: P
         (["--model", "{folder}", "--device", "toaster"], "toaster"),
         (["--model", "{folder}", "--device", "cuda:99"], "cannot compute on 'cuda:99'"),
         (["--model", "{folder}", "--threads", "0"], "--threads"),
-        (["--model", "{folder}", "--engine", "turbo"], "--engine must be one of winograd, openvino, got 'turbo'"),
+        (
+            ["--model", "{folder}", "--engine", "turbo"],
+            "must be one of auto, torch, winograd, openvino, got 'turbo'",
+        ),
         (["--model", "{folder}", "--engine", "winograd", "--dtype", "bfloat16"], "float32"),
         (["--model", "{folder}", "--quantization", "int3"], "int3"),
         (["--model", "a", "--model", "b", "--model", "c", "--model", "d"], "got 4"),

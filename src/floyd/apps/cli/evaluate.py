@@ -19,6 +19,7 @@ from floyd.apps.cli.models import (
     Quiet,
     Threads,
     Variant,
+    engines_of,
     hash_of,
     load,
     name_of,
@@ -82,7 +83,7 @@ def evaluate(
     pictures: Pictures = None,
     dtype: Dtype = None,
     quantization: Quantization = None,
-    engine: EngineName = None,
+    engine: EngineName = "auto",
     device: Device = "auto",
     threads: Threads = None,
     quiet: Quiet = False,
@@ -116,7 +117,7 @@ def evaluate(
             "model": name_of(model), "model_hash": hash_of(model), "variant": variant, "prompts": num_prompts,
             "seed": seed, "rendered": rendered, "quality": quality, "steps": steps, "guidance": guidance,
             "guidance_interval": guidance_interval,
-            "quantization": quantization, "engine": engine,
+            "quantization": quantization, "engine": engines_of(cascade),
         }  # fmt: skip
         json_file.write_text(json.dumps({**origin, **result.to_json()}, indent=2) + "\n")
     if pictures is not None:

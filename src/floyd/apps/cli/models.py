@@ -39,12 +39,12 @@ Quantization = Annotated[
     ),
 ]
 EngineName = Annotated[
-    str | None,
+    str,
     typer.Option(
         "--engine",
-        metavar="winograd|openvino",
-        help="What runs the networks on a CPU in torch's place. winograd needs a C++ compiler, once.",
-        show_default="torch",
+        metavar="auto|torch|winograd|openvino",
+        help="What runs the networks on a CPU. winograd needs a C++ compiler, once; auto takes it where it runs, and "
+        "torch elsewhere and with --vram and --ram.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps, cuda:1; auto takes the best there is.")]
@@ -74,7 +74,7 @@ def load(
     variant: str | None = None,
     quality: str | None = None,
     quantization: str | None = None,
-    engine: str | None = None,
+    engine: str = "torch",
     vram: str | None = None,
     ram: str | None = None,
     size: int | tuple[int, int] | None = None,
@@ -82,7 +82,7 @@ def load(
 ) -> Cascade:
     """Takes seconds: torch and transformers are imported here. With `vram` or `ram` the networks are placed by a plan
     for `count` pictures of the `size`."""
-    from floyd.engines.registry import engine_names
+    from floyd.engines.registry import AUTO, engine_names
     from floyd.pipelines.cascade import Cascade
     from floyd.pipelines.qualities import checked
     from floyd.pipelines.sizing import Workload
@@ -90,8 +90,8 @@ def load(
 
     if quality is not None:
         checked(quality)
-    if engine is not None and engine not in engine_names():
-        raise ValueError(f"--engine must be one of {', '.join(engine_names())}, got {engine!r}.")
+    if engine not in (known := [AUTO, "torch", *engine_names()]):
+        raise ValueError(f"--engine must be one of {', '.join(known)}, got {engine!r}.")
     options: dict[str, Any] = {"torch_dtype": dtype, "quantization": quantization}
     if vram is not None or ram is not None:
         if device != "auto":
@@ -110,9 +110,15 @@ def load(
         cascade = Cascade.from_pretrained(*expanded(models), variant=variant, **options)
     if quality is not None:
         cascade = cascade.with_quality(checked(quality))
-    if engine is not None:
-        cascade.use_engine(engine)
+    if "memory" not in options or engine != AUTO:
+        cascade.use_engine(None if engine == "torch" else engine)
     return cascade
+
+
+def engines_of(cascade: Cascade) -> str | None:
+    """The engines of its stages, if any has one."""
+    names = [stage.engine or "torch" for stage in cascade.stages.values()]
+    return None if set(names) == {"torch"} else names[0] if len(set(names)) == 1 else ",".join(names)
 
 
 def prepare(threads: int | None) -> None:
