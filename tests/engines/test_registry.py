@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NoReturn
 
 import pytest
 from tests.engines.networks import autoencoder, network
 from torch import nn
 
-from floyd.engines import registry, winograd
+from floyd.engines import native, registry
 from floyd.engines.decoder import WinogradDecoder
 from floyd.engines.native import Kernels
 from floyd.engines.registry import decoder_for, engine_for, engine_names, prepared
@@ -27,6 +28,11 @@ def test_an_unknown_engine_is_refused_with_the_known_ones() -> None:
     assert engine_names() == ["winograd", "openvino"]
     with pytest.raises(ValueError, match="engine must be one of 'auto', 'winograd', 'openvino', got 'turbo'"):
         engine_for("turbo", network())
+
+
+def test_auto_takes_no_options() -> None:
+    with pytest.raises(ValueError, match="'auto' takes no options, got precision: name the engine"):
+        engine_for("auto", network(), precision="bf16")
 
 
 def test_an_engine_is_made_once_for_a_network(compiled: Kernels) -> None:
@@ -59,11 +65,19 @@ def test_auto_is_no_engine_for_what_is_no_network_of_ours() -> None:
 
 
 def test_auto_is_no_engine_where_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is found out once."""
+    asked = []
+
     def refuse() -> NoReturn:
+        asked.append("kernels")
         raise EngineError("no compiler")
 
-    monkeypatch.setattr(winograd, "kernels", refuse)
-    assert engine_for("auto", network()) is None
+    monkeypatch.setattr(native, "kernels", refuse)
+    monkeypatch.setattr(native, "are_here", cache(native.are_here.__wrapped__))
+    for _ in range(2):
+        assert engine_for("auto", network()) is None
+        assert decoder_for("auto", autoencoder(16)) is None
+    assert asked == ["kernels"]
 
 
 @pytest.mark.parametrize(("share", "is_enough"), [(1.01, True), (0.99, False)])

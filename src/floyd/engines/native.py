@@ -109,6 +109,17 @@ def kernels() -> Kernels:
     return Kernels(path)
 
 
+@cache
+def are_here() -> bool:
+    """Whether the kernels can be had. Found out once: a compiler that fails takes its time."""
+    try:
+        kernels()
+    except EngineError as error:
+        log.info("Without the engine 'winograd': %s", error)
+        return False
+    return True
+
+
 def cache_folder() -> Path:
     """Where compiled engines are kept; `XDG_CACHE_HOME` moves it."""
     home = os.environ.get("XDG_CACHE_HOME")

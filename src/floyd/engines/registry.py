@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from floyd.engines import native
 from floyd.engines.plain import check_network
 from floyd.errors import EngineError
 from floyd.models.unet import UNet2DConditionModel
@@ -61,9 +62,11 @@ def engine_for(name: str, unet: nn.Module, made: Engine | None = None, **options
     """
     if made is not None and made.unet is not unet:
         made = None
-    if name == AUTO:
-        return _if_plain(unet, lambda: engine_for(BEST, unet, made)) if made or _is_small(unet) else None
-    return made or prepared(name, unet, **options)
+    if name != AUTO:
+        return made or prepared(name, unet, **options)
+    if options:
+        raise ValueError(f"The engine 'auto' takes no options, got {', '.join(options)}: name the engine.")
+    return _if_plain(unet, lambda: engine_for(BEST, unet, made)) if made or _is_small(unet) else None
 
 
 def decoder_for(name: str, vae: nn.Module, made: Decoder | None = None) -> Decoder | None:
@@ -78,6 +81,8 @@ def decoder_for(name: str, vae: nn.Module, made: Decoder | None = None) -> Decod
 
 
 def _if_plain(network: nn.Module, make: Callable[[], Made | None]) -> Made | None:
+    if not native.are_here():
+        return None
     try:
         check_network(network)
         return make()
