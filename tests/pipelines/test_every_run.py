@@ -70,7 +70,9 @@ def test_another_process_and_the_command_paint_the_same_pixels(ours: dict[str, A
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "7"},
     )
-    result = Cascade.from_pretrained(tmp_path / "model")(PROMPTS[1], steps=2, seed=3)
+    cascade = Cascade.from_pretrained(tmp_path / "model")
+    cascade.use_engine("auto")  # as the command does
+    result = cascade(PROMPTS[1], steps=2, seed=3)
     written = sorted((tmp_path / "stages").iterdir(), key=lambda path: path.stat().st_size)
     assert len(written) == 2
     for file, painted in zip([*written, tmp_path / "picture.png"], result.stages.values(), strict=True):
