@@ -1,4 +1,7 @@
-"""Engines by name."""
+"""Engines by name, or the fastest that computes the same.
+
+B images  C channels  H height  W width  Z, h, w the same of latents  L text tokens  E encoder width
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ class Decoder(Protocol):
 
     vae: Any
 
-    def __call__(self, z_BZhw: Tensor) -> Tensor: ...
+    def __call__(self, z_BZhw: Tensor) -> Tensor:
+        """Latents as the VAE's decoder takes them, [B, Z, h, w], to pixels, [B, C, H, W]; float32."""
 
 
 def engine_names() -> list[str]:
