@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 from bench_forward import painting, stages
-from common import CLOCKS, RESULTS, in_turns, ratios, summary, write
+from common import CLOCKS, figures_so_far, in_turns, ratios, summary, write
 from pairs import inputs, pair, texts
 from torch import Tensor
 
@@ -130,8 +129,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     options = parser.parse_args()
-    file = RESULTS / "cpu.json"
-    figures = json.loads(file.read_text())["figures"] if file.exists() else {}
+    figures = figures_so_far("cpu")
     for what in options.only:
         figures[what] = measured(what, every[what](not options.no_compile), options)
         torch._dynamo.reset()

@@ -9,12 +9,11 @@ and `pipe.compile()`; they take minutes to begin. Results of other sizes stay in
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import CLOCKS, RESULTS, in_turns, ratios, summary, write
+from common import CLOCKS, figures_so_far, in_turns, ratios, summary, write
 from pairs import SIZES, folder, inputs, pair, texts
 from torch import Tensor
 
@@ -106,8 +105,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     options = parser.parse_args()
-    file = RESULTS / "forward.json"
-    figures = json.loads(file.read_text())["figures"] if file.exists() else {}
+    figures = figures_so_far("forward")
     for size in options.size:
         figures[size] = measured(size, options)
     print(write("forward", {"threads": torch.get_num_threads(), **figures}))

@@ -17,7 +17,7 @@ CLOCKS: dict[str, Callable[[], float]] = {
     "wall": time.perf_counter,
     "cpu": time.process_time,  # of all threads together: for one thread on a machine that others use as well
 }
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("FLOYD_RESULTS", Path(__file__).parent / "results"))  # another folder, another machine
 
 
 def machine() -> dict[str, Any]:
@@ -39,9 +39,19 @@ def machine() -> dict[str, Any]:
     }
 
 
+def figures_so_far(name: str) -> dict[str, Any]:
+    """Of `results/<name>.json`, to be added to: none if another processor's are there, for no table mixes two."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return {}
+    told = json.loads(path.read_text())
+    figures: dict[str, Any] = told["figures"] if told["machine"]["processor"] == machine()["processor"] else {}
+    return figures
+
+
 def write(name: str, figures: Any) -> Path:
     """Figures, machine and time as `results/<name>.json`."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     when = datetime.now(UTC).isoformat(timespec="seconds")
     path.write_text(json.dumps({"when": when, "machine": machine(), "figures": figures}, indent=2) + "\n")

@@ -14,14 +14,13 @@ Everything in float32, in turns, in one process. Results of other sizes stay in 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 import torch
-from common import CLOCKS, RESULTS, in_turns, ratios, write
+from common import CLOCKS, figures_so_far, in_turns, ratios, write
 from pairs import SIZES, inputs, ours
 from torch import Tensor
 
@@ -82,8 +81,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     options = parser.parse_args()
-    file = RESULTS / "ladder.json"
-    figures = json.loads(file.read_text())["figures"] if file.exists() else {}
+    figures = figures_so_far("ladder")
     for size in options.size:
         figures[size] = climbed(size, options.rounds, options.clock)
     print(write("ladder", {"threads": torch.get_num_threads(), **figures}))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +37,25 @@ def ratio(row: dict[str, Any] | None, key: str = "ratio") -> str:
     return "" if row is None or key not in row else f"{row[key]:.2f}"
 
 
-def cpu() -> str:
+def cpu(machine: str = "") -> str:
     """How many times as fast as diffusers; what is behind a slash is beside diffusers with torch.compile."""
-    figures = read("cpu")["figures"]
+    figures = read(f"{machine}cpu")["figures"]
+    ways = [way for way in WAYS if any(way in figures[what]["rows"] for what in WORKS if what in figures)]
     rows = []
     for what, words in WORKS.items():
         if what not in figures:
             continue
         own = figures[what]["rows"]
         cells = [f"{1e3 * own['diffusers']['median']:.0f} ms"]
-        for way in WAYS[1:]:
+        for way in ways[1:]:
             beside = ratio(own.get(way), "ratio_compiled")
             cells.append(ratio(own.get(way)) + (f" / {beside}" if beside and way.startswith("floyd") else ""))
         rows.append([words, *cells])
-    return grid(["", *WAYS], rows)
+    return grid(["", *ways], rows)
 
 
-def cascade() -> str:
-    own = read("cascade")["figures"]["rows"]
+def cascade(machine: str = "") -> str:
+    own = read(f"{machine}cascade")["figures"]["rows"]
     parts = list(own["diffusers"]["parts"])
     rows = [
         [way, f"{row['median']:.1f} s", ratio(row), *(f"{row['parts'][part]:.1f} s" for part in parts)]
@@ -114,6 +116,8 @@ def dreambooth() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "cascade": cascade,
+    "avx2/cpu": partial(cpu, "avx2/"),
+    "avx2/cascade": partial(cascade, "avx2/"),
     "batches": batches,
     "start": start,
     "concept": concept,

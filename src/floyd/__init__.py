@@ -5,8 +5,9 @@ A public name is loaded when it is first asked for: `import floyd` alone imports
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from floyd.store.imports import imported
 
 if TYPE_CHECKING:  # what `_HOMES` says, for editors and type checkers
     from floyd.models.safety import IFSafetyChecker
@@ -103,7 +104,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return imported(_HOMES[name], name)
 
 
 def __dir__() -> list[str]:

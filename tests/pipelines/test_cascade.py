@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from floyd.errors import CheckpointError, ConfigError, SafetyError
-from floyd.pipelines.cascade import Cascade, Done, StageDone, StageStarted, StepDone
+from floyd.pipelines.cascade import Cascade
+from floyd.pipelines.events import Done, StageDone, StageStarted, StepDone
 from floyd.pipelines.run import stage_seed
+from floyd.pipelines.sizing import Workload
 from floyd.runtime.placement import OneAtATime
 
 PROMPT = "a red circle"
@@ -63,6 +65,40 @@ def test_pipelines_folders_are_a_cascade_too(folders: dict[str, Path]) -> None:
     assert cascade.sizes == {"stage_1": 32, "stage_2": 48}
     assert cascade.presets == {}
     assert cascade.stages["stage_2"].unet.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("up_to", "num_stages"),
+    [
+        (32, 1),
+        (48, 2),
+        (192, 3),
+        (None, 3),
+        ((32, 24), 1),
+        ((64, 40), 2),
+        (33, 3),
+        ((32,), 3),
+        ("32", 3),
+        (("a", 1), 3),
+    ],
+)
+def test_no_stage_is_loaded_that_the_size_does_not_need(root: Path, up_to: Any, num_stages: int) -> None:
+    cascade = Cascade.from_pretrained(root, up_to=up_to)
+    assert list(cascade.stages) == ["stage_1", "stage_2", "stage_3"][:num_stages]
+    assert list(cascade.presets) == [name for name in PRESETS if name in cascade.stages]
+
+
+def test_what_is_not_needed_is_not_looked_for(folders: dict[str, Path], from_disk: Cascade) -> None:
+    cascade = Cascade.from_pretrained(folders["one"], "no/such", "nor/this", presets=PRESETS, up_to=32)
+    np.testing.assert_array_equal(pixels(cascade(PROMPT, size=32).images), pixels(from_disk(PROMPT, size=32).images))
+    with pytest.raises(ValueError, match="size must be one of 32"):
+        cascade(PROMPT, size=48)
+
+
+def test_a_plan_may_speak_of_stages_that_are_not_loaded(root: Path, from_disk: Cascade) -> None:
+    cascade = Cascade.from_pretrained(root, memory="8GB", memory_for=Workload(size=32), up_to=32)
+    assert list(cascade.stages) == ["stage_1"]
+    np.testing.assert_array_equal(pixels(cascade(PROMPT, size=32).images), pixels(from_disk(PROMPT, size=32).images))
 
 
 def test_given_components_reach_the_stages_that_use_them(root: Path, ours: dict[str, Any]) -> None:

@@ -74,7 +74,7 @@ def test_a_step_past_the_end_is_refused() -> None:
 def test_a_run_without_phases_and_unknown_words_are_refused() -> None:
     with pytest.raises(ValueError, match="phases must not be empty"):
         LoopConfig(phases=())
-    with pytest.raises(ValueError, match="precision must be one of bf16, fp32, got 'fp16'"):
+    with pytest.raises(ValueError, match="precision must be one of auto, bf16, fp32, got 'fp16'"):
         LoopConfig(phases=PHASES, precision="fp16")
     with pytest.raises(ValueError, match="optimizer must be one of adamw, adamw8bit, muon, got 'sgd'"):
         LoopConfig(phases=PHASES, optimizer="sgd")

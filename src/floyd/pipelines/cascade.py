@@ -14,7 +14,7 @@ from floyd.engines.registry import AUTO
 from floyd.errors import ConfigError, EngineError
 from floyd.pipelines.deepfloyd_if import IFPipeline, IFSuperResolutionPipeline
 from floyd.pipelines.events import CascadeResult, Done, Event, StageDone, StageStarted, StepDone
-from floyd.pipelines.gathering import gathered
+from floyd.pipelines.gathering import gathered, sides_of
 from floyd.pipelines.memory import Managed, Memory
 from floyd.pipelines.options import Action
 from floyd.pipelines.order import Order, arguments_of, checked, checked_safety, seeds_of
@@ -73,6 +73,7 @@ class Cascade:
         presets: Mapping[str, Mapping[str, Any]] | None = None,
         memory: Memory | None = None,
         memory_for: Workload | None = None,
+        up_to: Size | None = None,
         **options: Any,
     ) -> Self:
         """From a folder that holds stages and perhaps `floyd.json`, or from one to three pipelines' folders or hub ids.
@@ -84,8 +85,11 @@ class Cascade:
         `memory`: "auto", a size such as "8GB", or a Budget. Precision, quantization and place of each network are then
         chosen so that the whole chain fits and takes the least time; `memory_for` says for which call, one picture of
         the largest size unless told otherwise. `floyd plan` prints the choice.
+
+        `up_to`: the size of the largest pictures to be painted, as `size` of a call. Stages that these do not need are
+        neither loaded nor downloaded.
         """
-        found = gathered(models, presets=presets, memory=memory, memory_for=memory_for, options=options)
+        found = gathered(models, presets=presets, memory=memory, memory_for=memory_for, up_to=up_to, options=options)
         cascade = cls(*found.stages, presets=found.presets)
         cascade.memory = found.memory
         cascade._load_text_encoder = found.load_text_encoder
@@ -124,13 +128,7 @@ class Cascade:
     @property
     def sizes(self) -> dict[str, int]:
         """The side in pixels that each stage paints by itself."""
-        sizes: dict[str, int] = {}
-        for name, stage in self.stages.items():
-            if isinstance(stage, StableDiffusionUpscalePipeline):
-                sizes[name] = sizes["stage_2"] * stage.factor
-            else:
-                sizes[name] = int(stage.unet.config.sample_size)
-        return sizes
+        return dict(zip(self.stages, sides_of(self.stages.values()), strict=True))
 
     def sizes_for(self, size: Size | None) -> dict[str, Sides]:
         """The stages that run for a size, and the width and height that each of them paints."""

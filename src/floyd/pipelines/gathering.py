@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ from floyd.pipelines.base import DiffusionPipeline
 from floyd.pipelines.deepfloyd_if import IFPipeline, IFSuperResolutionPipeline
 from floyd.pipelines.memory import Managed, Memory, managed
 from floyd.pipelines.painter import Painter
+from floyd.pipelines.sizes import Size, reaches
 from floyd.pipelines.sizing import Workload
+from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
 from floyd.runtime.budget import Budget
 from floyd.store.hub import snapshot
 from floyd.store.layout import read_index
@@ -41,6 +43,7 @@ def gathered(
     presets: Presets | None,
     memory: Memory | None,
     memory_for: Workload | None,
+    up_to: Size | None,
     options: Mapping[str, Any],
 ) -> Gathered:
     """`options` are those of `DiffusionPipeline.from_pretrained`."""
@@ -55,7 +58,7 @@ def gathered(
     presets = stored if presets is None else presets
     plan = _planned(models, memory, memory_for, presets, options)
     views: dict[str, dict[str, Any]] = {name: {"memory": plan.stage(name)} if plan else {} for name in STAGES}
-    stages = _loaded(models, options, views)
+    stages = _loaded(models, options, views, up_to)
 
     def load_text_encoder() -> Any:
         rest = {name: None for name in IFPipeline.component_names if name != "text_encoder"}
@@ -65,19 +68,38 @@ def gathered(
     return Gathered(stages=stages, presets=presets, memory=plan, load_text_encoder=load_text_encoder)
 
 
-def _loaded(models: Sequence[Model], options: Mapping[str, Any], views: Mapping[str, dict[str, Any]]) -> list[Painter]:
+def sides_of(stages: Iterable[Painter]) -> list[int]:
+    """The side in pixels that each stage paints by itself."""
+    sides: list[int] = []
+    for stage in stages:
+        if isinstance(stage, StableDiffusionUpscalePipeline):
+            sides.append(sides[-1] * stage.factor)
+        else:
+            sides.append(int(stage.unet.config.sample_size))
+    return sides
+
+
+def _loaded(
+    models: Sequence[Model], options: Mapping[str, Any], views: Mapping[str, dict[str, Any]], up_to: Size | None
+) -> list[Painter]:
     """The text encoder is stage I's alone; safety checker and watermark are stage I's, or the given ones, for all."""
     first = IFPipeline.from_pretrained(models[0], **options, **views["stage_1"])
     shared = {n: c for n, c in first.components.items() if n in _SHARED and (c is not None or n in options)}
     general = {name: option for name, option in options.items() if name not in IFPipeline.component_names}
-    stages: list[Painter] = [first]
-    if len(models) > 1:
+
+    def second() -> Painter:
         without: dict[str, Any] = {"text_encoder": None, "tokenizer": None, **views["stage_2"]}
-        stages.append(IFSuperResolutionPipeline.from_pretrained(models[1], **shared, **without, **general))
-    if len(models) > 2:
-        general.pop("requires_safety_checker", None)
-        general |= views["stage_3"]
-        stages.append(DiffusionPipeline.from_pretrained(models[2], **shared, **general))  # type: ignore[arg-type]
+        return IFSuperResolutionPipeline.from_pretrained(models[1], **shared, **without, **general)
+
+    def third() -> Painter:
+        told = {name: option for name, option in general.items() if name != "requires_safety_checker"}
+        return DiffusionPipeline.from_pretrained(models[2], **shared, **told, **views["stage_3"])  # type: ignore[return-value]
+
+    stages: list[Painter] = [first]
+    for load in (second, third)[: len(models) - 1]:
+        if reaches(sides_of(stages)[-1], up_to):
+            break
+        stages.append(load())
     return stages
 
 

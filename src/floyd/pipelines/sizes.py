@@ -41,6 +41,13 @@ def planned(size: Any, sides: Mapping[str, int], factors: Mapping[str, int]) -> 
     return {name: planned[name] for name in names}
 
 
+def reaches(side: int, size: Any) -> bool:
+    """Whether no stage after one that paints `side` runs for this size. False for what is no size."""
+    if isinstance(size, tuple | list):
+        return len(size) == 2 and all(isinstance(length, int) for length in size) and min(size) <= side
+    return bool(size == side)
+
+
 def shown(sides: Sides) -> str:
     """64 px if it is a square, or 96x64 px."""
     width, height = sides

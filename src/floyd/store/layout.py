@@ -6,7 +6,6 @@ asked for, so this room needs to know no other.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 from floyd.errors import CheckpointError
 from floyd.store.files import made, read_json, write_json
+from floyd.store.imports import imported
 
 INDEX_NAME = "model_index.json"
 
@@ -147,7 +147,8 @@ def resolve(library: str, class_name: str) -> type:
         )
     for target in row.targets:
         module, _, attribute = target.partition(":")
-        if found := getattr(importlib.import_module(module), attribute, None):
+        found: type | None = imported(module, attribute)
+        if found is not None:
             return found
     raise CheckpointError(f"The installed {row.targets[0].partition(':')[0]} has no {class_name}.")
 

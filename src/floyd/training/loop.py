@@ -24,10 +24,10 @@ from floyd.store.snapshots import read_snapshot, write_snapshot
 from floyd.store.weights import some
 from floyd.training.ema import Ema
 from floyd.training.muon import Muon
+from floyd.training.precision import PRECISIONS, chosen
 from floyd.training.workers import ALONE, WHOLE, Workers
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
-PRECISIONS = ("bf16", "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class LoopConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
-    precision: str = "bf16"  # of the forward pass (autocast); weights and optimizer are float32
+    precision: str = "auto"  # of the forward pass (autocast); weights and optimizer are float32
     snapshot_every_s: float = 120.0
     seed: int = 0
 
@@ -119,6 +119,7 @@ class Trainer:
     ) -> None:
         self.model, self.loss_of, self.config, self.folder, self.workers = model, loss_of, config, folder, workers
         self._check_cut()
+        self.precision = chosen(config.precision, device_of(model))
         if device_of(model).type == "cpu":
             quicken(model)
         self.ema = Ema(model, config.ema_decay)
@@ -214,9 +215,7 @@ class Trainer:
             share = self.workers.share.within(piece, pieces)
             cut = {} if share == WHOLE else {"share": share}
             with self.workers.apart(self._network) if piece < pieces - 1 else nullcontext():
-                with torch.autocast(
-                    device_of(self.model).type, torch.bfloat16, enabled=self.config.precision == "bf16"
-                ):
+                with torch.autocast(device_of(self.model).type, torch.bfloat16, enabled=self.precision == "bf16"):
                     losses = self.loss_of(self._network, phase, self.step, generator, **cut)
                 total = torch.stack(list(losses.values())).sum()
                 (total / pieces).backward()

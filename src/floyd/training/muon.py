@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from floyd.training.precision import computes_in_bfloat16
+
 # A quintic whose iteration drives all singular values towards 1 quickly, if not exactly.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -19,10 +21,11 @@ _ADAM_RMS = 0.2  # of an update, so that AdamW's learning rates serve
 
 
 def orthogonalized(matrix_MN: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly, by Newton-Schulz iteration in bfloat16."""
+    """The nearest semi-orthogonal matrix, roughly, by Newton-Schulz iteration, in bfloat16 where that is fast."""
     a, b, c = _COEFFICIENTS
     is_tall = matrix_MN.shape[0] > matrix_MN.shape[1]
-    x = (matrix_MN.T if is_tall else matrix_MN).bfloat16()
+    dtype = torch.bfloat16 if computes_in_bfloat16(matrix_MN.device) else torch.float32
+    x = (matrix_MN.T if is_tall else matrix_MN).to(dtype)
     x = x / (x.norm() + 1e-7)
     for _ in range(_ITERATIONS):
         gram = x @ x.T

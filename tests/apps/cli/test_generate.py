@@ -50,6 +50,24 @@ def names(folder: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- results
 
 
+def test_only_the_stages_that_the_size_needs_are_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Cascade] = []
+    whole = Cascade.from_pretrained
+
+    def noted(*models: str, **options: Any) -> Cascade:
+        loaded.append(whole(*models, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(Cascade, "from_pretrained", noted)
+    path = tmp_path / "picture.png"
+    result = CliRunner().invoke(app, ["generate", PROMPT, "-o", str(path), "--model", str(folder), "--size", "48"])
+    assert result.exit_code == 0, result.stderr
+    assert [list(cascade.stages) for cascade in loaded] == [["stage_1"]]
+    assert pixels(path).shape == (48, 48, 3)
+
+
 def test_the_picture_is_the_cascades(generate: Callable[..., Result], cascade: Cascade, tmp_path: Path) -> None:
     result = generate("--seed", "4", "--size", "96")
     assert result.exit_code == 0, result.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 
 
@@ -11,4 +13,5 @@ def main() -> None:
         from floyd.apps.cli.app import app
     except KeyboardInterrupt:
         sys.exit(130)
+    atexit.register(gc.freeze)  # what lives then dies with the process: searching it for garbage takes a second
     app(prog_name="floyd")

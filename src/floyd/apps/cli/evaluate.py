@@ -98,6 +98,7 @@ def evaluate(
         wanted = parsed_sizes(sizes)
         check_paths(json_file, pictures)
         places: dict[str, Any] = {"variant": variant, "dtype": dtype, "device": device, "threads": threads}
+        places["size"] = max(wanted) if wanted else None
         cascade = load(model, quantization=quantization, engine=engine, quality=quality, **places)
 
         from floyd.apps.evaluate import CascadePainter, Painter, RenderedFirst, check_sizes, prompts, report

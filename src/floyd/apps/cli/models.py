@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from floyd.apps.names import expanded
+from floyd.store.imports import without_collecting
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="How many CPU threads t
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing unless something is wrong.")]
 
 
+@without_collecting()
 def load(
     models: Sequence[str] | None,
     *,
@@ -80,8 +82,10 @@ def load(
     size: int | tuple[int, int] | None = None,
     count: int = 1,
 ) -> Cascade:
-    """Takes seconds: torch and transformers are imported here. With `vram` or `ram` the networks are placed by a plan
-    for `count` pictures of the `size`."""
+    """The stages that pictures of the `size` need. With `vram` or `ram` they are placed by a plan for `count` of them.
+
+    Takes seconds: torch and transformers are imported here.
+    """
     from floyd.engines.registry import AUTO, engine_names
     from floyd.pipelines.cascade import Cascade
     from floyd.pipelines.qualities import checked
@@ -92,7 +96,7 @@ def load(
         checked(quality)
     if engine not in (known := [AUTO, "torch", *engine_names()]):
         raise ValueError(f"--engine must be one of {', '.join(known)}, got {engine!r}.")
-    options: dict[str, Any] = {"torch_dtype": dtype, "quantization": quantization}
+    options: dict[str, Any] = {"torch_dtype": dtype, "quantization": quantization, "up_to": size}
     if vram is not None or ram is not None:
         if device != "auto":
             raise ValueError(

@@ -16,7 +16,7 @@ from floyd.errors import ConfigError
 CROPS = ("center", "random")
 POLICIES = ("error", "skip")
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
-PRECISIONS = ("bf16", "fp32")
+PRECISIONS = ("auto", "bf16", "fp32")
 PRIORS = ("noise", "network")
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
 METHODS = ("lora", "dreambooth", "textual-inversion", "full")
@@ -92,7 +92,11 @@ class TuneConfig:
     weight_decay: float = _told("Pulls weights towards zero; of LoRA, towards no change.", 1e-2)
     max_grad_norm: float = _told("Gradients are cut to this norm.", 1.0)
     ema: float = _told("Decay of the running mean of the weights, which is what is saved; 0 is none.", 0.0)
-    precision: str = _told("Of the arithmetic: bf16 (autocast) or fp32.", "bf16", one_of=PRECISIONS)
+    precision: str = _told(
+        "Of the arithmetic: bf16 (autocast), fp32, or bf16 where the device has instructions for it (auto).",
+        "auto",
+        one_of=PRECISIONS,
+    )
     dtype: str = _told("Of the weights that are not trained: float32 or bfloat16.", "float32", one_of=DTYPES)
     checkpointing: bool = _told("Compute activations twice instead of keeping them.", False)
     seed: int = _told("Decides the order of the data, the noise, and LoRA's first weights.", 0)
