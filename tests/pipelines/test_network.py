@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import fields
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.runtime.test_graphs import Tape
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from floyd.diffusion.conditioning import Conditioning
 from floyd.pipelines import network
 from floyd.pipelines.network import Networks
 from floyd.runtime.graphs import Graphed
@@ -174,3 +176,25 @@ def test_what_compiling_means_depends_on_the_device() -> None:
     assert Switches.off().when_compiled("cpu") == Switches(read_once=True, compiled=True)
     assert Switches.off().when_compiled("cuda") == Switches(read_once=True, compiled=True, graphs=True)
     assert Switches.off().when_compiled("mps") == Switches.off()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_native", "num_told"),
+    [(torch.bfloat16, False, 1), (torch.bfloat16, True, 0), (torch.float32, False, 0)],
+)
+def test_a_precision_that_is_emulated_is_told_once(
+    loaded: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    is_native: bool,
+    num_told: int,
+) -> None:
+    monkeypatch.setattr(network, "computes_in", lambda asked, device: is_native or asked == torch.float32)
+    network._warn_of_emulation.cache_clear()
+    unet = deepcopy(loaded["one"].unet).to(dtype)
+    for _ in range(2):
+        Networks.of(unet, Switches.off()).told(Conditioning(POSITIVE))
+    told = [record.getMessage() for record in caplog.records if record.name == network.log.name]
+    assert len(told) == num_told
+    assert all("no instructions for bfloat16" in message for message in told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -141,6 +142,16 @@ def test_the_built_in_cascade_is_sized_with_its_own_presets() -> None:
     assert {part.name: part.passes for part in sizing.parts() if part.name.endswith("unet")} == {
         "stage_1.unet": 27, "stage_2.unet": 12, "stage_3.unet": 8,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("half", ["bfloat16", "float32"])
+def test_without_a_card_no_network_is_planned_in_a_precision_that_is_emulated(half: str) -> None:
+    parts = Sizing.of_models(LARGE, machine=replace(cpu(), half=half)).parts()
+    assert {p.dtype for part in parts for p in part.precisions} == {"float32", half}
+    for part in parts:
+        assert len(set(part.precisions)) == len(part.precisions)
+    unet = next(part for part in parts if part.name == "stage_1.unet")
+    assert unet.precisions[-1] == Precision("float32", "int8")
 
 
 def test_what_is_neither_here_nor_known_is_refused_with_what_is_known(no_network: None) -> None:

@@ -5,9 +5,10 @@ K all branches' images  C channels  H height  W width  L text tokens  D text wid
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,8 +20,11 @@ from floyd.diffusion.guidance import Network
 from floyd.models.unet_told import Context, Ready
 from floyd.pipelines.options import dtype_of, lora_scale
 from floyd.runtime.graphs import Graphed, can_record
+from floyd.runtime.machine import computes_in
 from floyd.runtime.switches import Switches
 from floyd.store.layout import uncompiled
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +70,8 @@ class Networks:
                 [call(x_KCHW[some], t, joined.rows(some)) for call, some in zip(calls, rows, strict=True)]
             )
         dtype = dtype_of(self.unet, told.text_BLD.dtype)
+        if not computes_in(dtype, told.text_BLD.device):
+            _warn_of_emulation(dtype)
         if is_engine(self.unet):
             return _OnEngine(self.unet, told.text_BLD.to(dtype), told.noise_level_B, dtype)
         if not (is_ours(self.unet) and self.switches.read_once):
@@ -153,3 +159,13 @@ def is_compiled(unet: Any) -> bool:
 
 def _time(t: int, like: Tensor) -> Tensor:
     return torch.tensor(t, device=like.device)  # a tensor, so that a compiled network is not compiled for every number
+
+
+@cache
+def _warn_of_emulation(dtype: torch.dtype) -> None:
+    """Once."""
+    log.warning(
+        "This processor has no instructions for %s, so each step takes many times as long as in float32: load the "
+        "pipeline with torch_dtype=torch.float32, in fewer bits with quantization='int8', or with memory='auto'.",
+        str(dtype).removeprefix("torch."),
+    )

@@ -208,7 +208,8 @@ class Sizing:
         if (fixed := self.fixed.get(name)) is not None:
             return (fixed,)
         half = self.machine.half
-        exact = (Precision(half),) if self.machine.has_card else (Precision("float32"), Precision(half))
+        on_cpu = tuple(Precision(dtype) for dtype in dict.fromkeys(("float32", half)))
+        exact = (Precision(half),) if self.machine.has_card else on_cpu
         if component == "vae":
             return (Precision("float32" if half == "float16" else half),) if self.machine.has_card else exact
         is_large = component == "unet" or (component == "text_encoder" and class_name == "T5EncoderModel")

@@ -6,6 +6,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +21,7 @@ class Machine:
     memory_bytes: float  # of the memory that it computes from
     link_bytes: float  # main memory to card, from pinned pages
     disk_bytes: float = 2.0e9  # a solid-state disk, or pages that the system has kept
-    half: str = "bfloat16"  # the 16-bit precision it computes in
+    half: str = "bfloat16"  # the 16-bit precision it computes in; float32 if it has none
 
     @property
     def has_card(self) -> bool:
@@ -66,8 +70,33 @@ def this_machine() -> Machine:
 
 
 def cpu() -> Machine:
-    """Without a card: 16 bits save memory there and are not counted on to save time."""
-    cores = os.cpu_count() or 1
-    return Machine(
-        name="the CPU", flops=_CORE_FLOPS * cores, memory_bytes=_CPU_MEMORY_BYTES, link_bytes=0, half="bfloat16"
-    )
+    """Without a card: 16 bits save memory there, where they are not emulated, and are not counted on to save time."""
+    import torch
+
+    half = "bfloat16" if computes_in(torch.bfloat16, torch.device("cpu")) else "float32"
+    flops = _CORE_FLOPS * (os.cpu_count() or 1)
+    return Machine(name="the CPU", flops=flops, memory_bytes=_CPU_MEMORY_BYTES, link_bytes=0, half=half)
+
+
+def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device has instructions for it. A CPU without takes many times as long as in float32."""
+    import torch
+
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if device.type == "cuda":
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or _cpu_computes_in(dtype)
+
+
+def _cpu_computes_in(half: torch.dtype) -> bool:
+    """oneDNN emulates both by AVX-512 where that alone is there; without AVX-512 nothing of it is fast."""
+    import torch
+
+    ops, cpu = torch.ops.mkldnn, torch.cpu
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if half == torch.float16:
+        return bool(ops._is_mkldnn_fp16_supported())
+    is_emulated = cpu._is_avx512_supported() and not (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+    return bool(ops._is_mkldnn_bf16_supported()) and not is_emulated

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from floyd.training.precision import computes_in_bfloat16
+from floyd.runtime.machine import computes_in
 
 # A quintic whose iteration drives all singular values towards 1 quickly, if not exactly.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -24,7 +24,7 @@ def orthogonalized(matrix_MN: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly, by Newton-Schulz iteration, in bfloat16 where that is fast."""
     a, b, c = _COEFFICIENTS
     is_tall = matrix_MN.shape[0] > matrix_MN.shape[1]
-    dtype = torch.bfloat16 if computes_in_bfloat16(matrix_MN.device) else torch.float32
+    dtype = torch.bfloat16 if computes_in(torch.bfloat16, matrix_MN.device) else torch.float32
     x = (matrix_MN.T if is_tall else matrix_MN).to(dtype)
     x = x / (x.norm() + 1e-7)
     for _ in range(_ITERATIONS):
