@@ -1,7 +1,8 @@
 """A script written after the incumbent's page on IF runs with `floyd` for `diffusers`: each recipe of that page, with
 its slips mended (a doubled keyword, a missing import, an argument that transformers no longer takes).
 
-The checkpoints are tiny ones under the real ids, the machine has no network, no GPU and perhaps no bitsandbytes.
+The checkpoints are tiny ones under the real ids, the machine has no network, no GPU and perhaps no bitsandbytes. Where
+the page says float16, float32 stands on a processor that would take minutes to emulate it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ import torch
 from PIL import Image
 from tests import standins
 from tests.hub_configs import SIDES
+
+from floyd.runtime.machine import computes_in
+
+HALF = torch.float16 if computes_in(torch.float16, torch.device("cpu")) else torch.float32
 
 pytestmark = pytest.mark.usefixtures("published")
 
@@ -42,7 +47,7 @@ def stage_three(stage_1: Any) -> Any:
         "watermarker": stage_1.watermarker,
     }
     stage_3 = DiffusionPipeline.from_pretrained(
-        "stabilityai/stable-diffusion-x4-upscaler", **safety_modules, torch_dtype=torch.float16
+        "stabilityai/stable-diffusion-x4-upscaler", **safety_modules, torch_dtype=HALF
     )
     stage_3.enable_model_cpu_offload()
     return stage_3
@@ -56,10 +61,10 @@ def test_text_to_image() -> None:
     from floyd import DiffusionPipeline
     from floyd.utils import make_image_grid, pt_to_pil
 
-    stage_1 = DiffusionPipeline.from_pretrained("DeepFloyd/IF-I-XL-v1.0", variant="fp16", torch_dtype=torch.float16)
+    stage_1 = DiffusionPipeline.from_pretrained("DeepFloyd/IF-I-XL-v1.0", variant="fp16", torch_dtype=HALF)
     stage_1.enable_model_cpu_offload()
     stage_2 = DiffusionPipeline.from_pretrained(
-        "DeepFloyd/IF-II-L-v1.0", text_encoder=None, variant="fp16", torch_dtype=torch.float16
+        "DeepFloyd/IF-II-L-v1.0", text_encoder=None, variant="fp16", torch_dtype=HALF
     )
     stage_2.enable_model_cpu_offload()
     stage_3 = stage_three(stage_1)
@@ -92,10 +97,10 @@ def test_text_guided_image_to_image(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original_image = load_image(SKETCH)
     original_image = original_image.resize((768, 512))
-    stage_1 = IFImg2ImgPipeline.from_pretrained("DeepFloyd/IF-I-XL-v1.0", variant="fp16", torch_dtype=torch.float16)
+    stage_1 = IFImg2ImgPipeline.from_pretrained("DeepFloyd/IF-I-XL-v1.0", variant="fp16", torch_dtype=HALF)
     stage_1.enable_model_cpu_offload()
     stage_2 = IFImg2ImgSuperResolutionPipeline.from_pretrained(
-        "DeepFloyd/IF-II-L-v1.0", text_encoder=None, variant="fp16", torch_dtype=torch.float16
+        "DeepFloyd/IF-II-L-v1.0", text_encoder=None, variant="fp16", torch_dtype=HALF
     )
     stage_2.enable_model_cpu_offload()
     stage_3 = stage_three(stage_1)
@@ -134,10 +139,10 @@ def test_text_guided_inpainting(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original_image = load_image(PERSON)
     mask_image = load_image(GLASSES)
-    stage_1 = IFInpaintingPipeline.from_pretrained("DeepFloyd/IF-I-XL-v1.0", variant="fp16", torch_dtype=torch.float16)
+    stage_1 = IFInpaintingPipeline.from_pretrained("DeepFloyd/IF-I-XL-v1.0", variant="fp16", torch_dtype=HALF)
     stage_1.enable_model_cpu_offload()
     stage_2 = IFInpaintingSuperResolutionPipeline.from_pretrained(
-        "DeepFloyd/IF-II-L-v1.0", text_encoder=None, variant="fp16", torch_dtype=torch.float16
+        "DeepFloyd/IF-II-L-v1.0", text_encoder=None, variant="fp16", torch_dtype=HALF
     )
     stage_2.enable_model_cpu_offload()
     stage_3 = stage_three(stage_1)
@@ -194,7 +199,7 @@ def test_everything_on_the_gpu_and_fewer_steps(monkeypatch: pytest.MonkeyPatch) 
     from floyd import DiffusionPipeline, IFImg2ImgPipeline
     from floyd.pipelines.deepfloyd_if import fast27_timesteps
 
-    pipe = DiffusionPipeline.from_pretrained("DeepFloyd/IF-I-XL-v1.0", variant="fp16", torch_dtype=torch.float16)
+    pipe = DiffusionPipeline.from_pretrained("DeepFloyd/IF-I-XL-v1.0", variant="fp16", torch_dtype=HALF)
     pipe.to("cuda")
     seen: list[int] = []
     pipe("<prompt>", num_inference_steps=30, callback=lambda i, t, x: seen.append(t))
@@ -204,7 +209,7 @@ def test_everything_on_the_gpu_and_fewer_steps(monkeypatch: pytest.MonkeyPatch) 
     assert seen == fast27_timesteps
 
     image = Image.effect_noise((48, 32), 60)
-    pipe = IFImg2ImgPipeline.from_pretrained("DeepFloyd/IF-I-XL-v1.0", variant="fp16", torch_dtype=torch.float16)
+    pipe = IFImg2ImgPipeline.from_pretrained("DeepFloyd/IF-I-XL-v1.0", variant="fp16", torch_dtype=HALF)
     pipe.to("cuda")
     seen.clear()
     image = pipe(image=image, prompt="<prompt>", strength=0.3, callback=lambda i, t, x: seen.append(t)).images
@@ -217,7 +222,7 @@ def test_compiled_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     standins.compile_without_a_compiler(monkeypatch)
     from floyd import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained("DeepFloyd/IF-I-XL-v1.0", variant="fp16", torch_dtype=torch.float16)
+    pipe = DiffusionPipeline.from_pretrained("DeepFloyd/IF-I-XL-v1.0", variant="fp16", torch_dtype=HALF)
     pipe.to("cuda")
     options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt"}
     plain = pipe("<prompt>", generator=torch.manual_seed(0), **options).images
@@ -233,7 +238,7 @@ def test_compiled_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_offloading_where_there_is_nothing_to_offload_from(method: str, caplog: pytest.LogCaptureFixture) -> None:
     from floyd import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained("DeepFloyd/IF-I-XL-v1.0", variant="fp16", torch_dtype=torch.float16)
+    pipe = DiffusionPipeline.from_pretrained("DeepFloyd/IF-I-XL-v1.0", variant="fp16", torch_dtype=HALF)
     with caplog.at_level(logging.INFO):
         getattr(pipe, method)()
     assert "no accelerator" in caplog.text
@@ -291,7 +296,7 @@ def test_little_main_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     torch.cuda.empty_cache()
 
     pipe = IFPipeline.from_pretrained(
-        "DeepFloyd/IF-I-XL-v1.0", text_encoder=None, variant="fp16", torch_dtype=torch.float16, device_map="auto"
+        "DeepFloyd/IF-I-XL-v1.0", text_encoder=None, variant="fp16", torch_dtype=HALF, device_map="auto"
     )
     generator = torch.Generator().manual_seed(0)
     stage_1_output = pipe(
@@ -303,7 +308,7 @@ def test_little_main_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     torch.cuda.empty_cache()
 
     pipe = IFSuperResolutionPipeline.from_pretrained(
-        "DeepFloyd/IF-II-L-v1.0", text_encoder=None, variant="fp16", torch_dtype=torch.float16, device_map="auto"
+        "DeepFloyd/IF-II-L-v1.0", text_encoder=None, variant="fp16", torch_dtype=HALF, device_map="auto"
     )
     generator = torch.Generator().manual_seed(0)
     stage_2_output = pipe(

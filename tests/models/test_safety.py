@@ -95,7 +95,8 @@ def test_patch_numbers_in_an_old_file_are_passed_over(checker: IFSafetyChecker, 
     save_file({**checker.state_dict(), **numbers}, tmp_path / "model.safetensors")
     loaded = IFSafetyChecker.from_pretrained(tmp_path)
     clip_input_BCHW = torch.randn(1, 3, 16, 16)
-    assert torch.equal(loaded.scores(clip_input_BCHW).nsfw_B, checker.scores(clip_input_BCHW).nsfw_B)
+    scores_B = [it.scores(clip_input_BCHW).nsfw_B for it in (loaded, checker)]
+    torch.testing.assert_close(*scores_B, atol=1e-6, rtol=0)  # kernels round by where in memory the weights lie
 
 
 def test_a_files_precision_does_not_decide_the_models() -> None:
