@@ -121,8 +121,8 @@ def test_every_scheduler_steps_on_a_mac(ours: dict[str, Any], on_mac: dict[str, 
 
 def test_a_cascade_paints_on_a_mac_in_half_precision_and_batch_invariant(ours: dict[str, Any], mac: Mac) -> None:
     cascade = Cascade(*copied(ours).values()).to("mps", torch.float16)
-    plain = cascade("a red circle", steps=2, count=2)
-    apart = cascade("a red circle", steps=2, count=2, batch_invariant=True)
+    plain = cascade("a red circle", steps=1, count=2)
+    apart = cascade("a red circle", steps=1, count=2, batch_invariant=True)
     assert plain.images[0].size == (192, 192)
     for one, other in zip(plain.images, apart.images, strict=True):
         assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).mean() < 3
