@@ -5,9 +5,10 @@ A public name is loaded when it is first asked for: `import floyd` alone imports
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from floyd.store.imports import imported
+from floyd.store.imports import without_collecting
 
 if TYPE_CHECKING:  # what `_HOMES` says, for editors and type checkers
     from floyd.models.safety import IFSafetyChecker
@@ -104,7 +105,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return imported(_HOMES[name], name)
+    with without_collecting():
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from floyd.apps import cli
-from floyd.store.imports import imported, without_collecting
+from floyd.store.imports import without_collecting
 
 
 @pytest.fixture(autouse=True)
@@ -71,11 +71,6 @@ def test_what_others_have_set_aside_stays_so() -> None:
         pass
     assert gc.get_freeze_count() == frozen
     assert generation_of(theirs) is None
-
-
-def test_what_a_module_does_not_hold_is_none() -> None:
-    assert imported("floyd.store.imports", "imported") is imported
-    assert imported("floyd.store.imports", "exported") is None
 
 
 def test_the_command_ends_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:

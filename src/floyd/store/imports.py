@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from typing import Any
 
 
 @contextmanager
 def without_collecting() -> Iterator[None]:
-    """Python's search for garbage waits: while modules are made it goes through all of them again and again, for a
-    sixth of the time, and finds nothing. What lives at the end counts as old, which is searched seldom."""
+    """Python's search for garbage waits: while modules are made it goes through all of them again and again,
+    and finds nothing. What lives at the end counts as old, which is searched seldom."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -23,9 +21,3 @@ def without_collecting() -> Iterator[None]:
             gc.unfreeze()  # into the oldest generation
         if was_enabled:
             gc.enable()
-
-
-def imported(module: str, attribute: str) -> Any:
-    """What a module holds, None if it does not. Some modules import it only when it is asked for."""
-    with without_collecting():
-        return getattr(import_module(module), attribute, None)

@@ -6,6 +6,7 @@ asked for, so this room needs to know no other.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 from floyd.errors import CheckpointError
 from floyd.store.files import made, read_json, write_json
-from floyd.store.imports import imported
+from floyd.store.imports import without_collecting
 
 INDEX_NAME = "model_index.json"
 
@@ -147,7 +148,8 @@ def resolve(library: str, class_name: str) -> type:
         )
     for target in row.targets:
         module, _, attribute = target.partition(":")
-        found: type | None = imported(module, attribute)
+        with without_collecting():
+            found: type | None = getattr(importlib.import_module(module), attribute, None)
         if found is not None:
             return found
     raise CheckpointError(f"The installed {row.targets[0].partition(':')[0]} has no {class_name}.")

@@ -13,5 +13,5 @@ def main() -> None:
         from floyd.apps.cli.app import app
     except KeyboardInterrupt:
         sys.exit(130)
-    atexit.register(gc.freeze)  # what lives then dies with the process: searching it for garbage takes a second
+    atexit.register(gc.freeze)  # what lives then dies with the process: searching it for garbage is in vain
     app(prog_name="floyd")
