@@ -16,6 +16,7 @@ from floyd.apps import doctor
 from floyd.apps.doctor import Finding, can_draw, devices, examine, ram, verdict
 from floyd.errors import CheckpointError
 from floyd.pipelines.cascade import Cascade
+from floyd.runtime.machine import computes_in
 
 LOOKS = (
     "floyd", "python", "torch", "packages", "extras", "devices", "engine", "memory", "disk", "cache", "token",
@@ -57,6 +58,8 @@ def test_the_facts_are_the_machines(brush: list[Any]) -> None:
     findings = list(examine("cpu"))
     assert named(findings, "torch").facts["version"] == torch.__version__
     assert named(findings, "torch").facts["threads"] == torch.get_num_threads()
+    halves = [half for half in ("bfloat16", "float16") if computes_in(getattr(torch, half), torch.device("cpu"))]
+    assert named(findings, "torch").facts["cpu_computes_in"] == ["float32", *halves]
     versions = named(findings, "packages").facts["versions"]
     assert versions["torch"] == torch.__version__
     assert "diffusers" not in versions

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from floyd.apps.names import CASCADES
 from floyd.runtime.budget import ram
+from floyd.runtime.machine import computes_in
 from floyd.store.files import told_size
 
 State = Literal["ok", "note", "wrong"]
@@ -103,14 +104,20 @@ def torch_itself() -> Finding:
     except Exception as error:  # a library that it needs may be missing or broken, which says itself in many ways
         told = f"cannot be imported ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         return Finding("torch", "wrong", told, "Install it as https://pytorch.org/get-started says for this machine.")
+    halves = [dtype for dtype in (torch.bfloat16, torch.float16) if computes_in(dtype, torch.device("cpu"))]
+    computes = [str(dtype).removeprefix("torch.") for dtype in (torch.float32, *halves)]
     facts = {
         "version": torch.__version__,
         "built_for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU or the platform's own",
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu_computes_in": computes,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
     }
-    says = f"{facts['version']}, CPU with {facts['cpu']}, {facts['threads']} threads on {facts['cores']} cores"
+    says = (
+        f"{facts['version']}, CPU with {facts['cpu']} that computes in {', '.join(computes)}, "
+        f"{facts['threads']} threads on {facts['cores']} cores"
+    )
     return Finding("torch", "ok", says, facts=facts)
 
 
