@@ -64,13 +64,10 @@ NEAR = 3
 HEADS = (1, 2)  # on which levels going up
 LOOP = LoopConfig(
     phases=(
-        Phase(num_steps=2400, batch_size=32, size=16, rate=1e-3, last_rate=1e-3),
-        Phase(num_steps=1800, batch_size=32, size=32, rate=1e-3, last_rate=1e-3),
-        Phase(num_steps=1060, batch_size=24, size=64, rate=1e-3, last_rate=4.8e-4),
-        Phase(num_steps=700, batch_size=24, size=64, rate=4.8e-4, last_rate=1e-5),
-        Phase(num_steps=330, batch_size=24, size=64, rate=6e-4, last_rate=1e-5),
-        Phase(num_steps=3300, batch_size=24, size=64, rate=8e-4, last_rate=1e-5),
-        Phase(num_steps=2000, batch_size=24, size=64, rate=7e-4, last_rate=1e-5),
+        Phase(num_steps=2000, batch_size=32, size=16, rate=1e-3, last_rate=1e-3),
+        Phase(num_steps=1500, batch_size=32, size=32, rate=1e-3, last_rate=1e-3),
+        Phase(num_steps=1500, batch_size=24, size=64, rate=1e-3, last_rate=8.5e-4),
+        Phase(num_steps=3000, batch_size=24, size=64, rate=8.5e-4, last_rate=1e-5),
     ),
     optimizer="muon",
     weight_decay=0.01,

@@ -111,11 +111,8 @@ VAE_LOOP = LoopConfig(
 LOOP = LoopConfig(
     phases=(
         Phase(num_steps=1200, batch_size=12, size=192, rate=1e-3, last_rate=1e-3),
-        Phase(num_steps=900, batch_size=2, size=WHOLE, rate=1e-3, last_rate=1e-5),
-        Phase(num_steps=1500, batch_size=2, size=WHOLE, rate=6e-4, last_rate=1e-5),
-        Phase(num_steps=1500, batch_size=2, size=WHOLE, rate=6e-4, last_rate=1e-5),
-        Evening(num_steps=900, batch_size=2, size=WHOLE, rate=5e-4, last_rate=1e-5),
-        Evening(num_steps=2000, batch_size=2, size=WHOLE, rate=6e-4, last_rate=1e-5),
+        Phase(num_steps=2200, batch_size=2, size=WHOLE, rate=1e-3, last_rate=4e-4),
+        Evening(num_steps=1800, batch_size=2, size=WHOLE, rate=6e-4, last_rate=1e-5),
     ),
     optimizer="muon",
     ema_decay=0.99,

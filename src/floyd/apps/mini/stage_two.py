@@ -61,9 +61,7 @@ NEAR = 3
 LOOP = LoopConfig(
     phases=(
         Phase(num_steps=1100, batch_size=16, size=64, rate=1e-3, last_rate=1e-3),
-        Phase(num_steps=340, batch_size=3, size=LARGE, rate=8e-4, last_rate=1e-5),
-        Phase(num_steps=180, batch_size=3, size=LARGE, rate=5e-4, last_rate=1e-5),
-        Phase(num_steps=1500, batch_size=3, size=LARGE, rate=8e-4, last_rate=1e-5),
+        Phase(num_steps=1700, batch_size=3, size=LARGE, rate=8e-4, last_rate=1e-5),
     ),
     optimizer="muon",
     ema_decay=0.995,
