@@ -123,12 +123,13 @@ def test_a_quick_networks_gradients_are_the_networks_own(name: str, recomputes: 
         recompute(quick)
     for one in (unet, quick):
         one(x_BCHW, 321, text_BLE, labels_B, return_dict=False)[0].square().mean().backward()
+    largest = max(p.grad.abs().max() for p in unet.parameters() if p.grad is not None)  # what all rounding begins with
     for (path, own), right in zip(quick.named_parameters(), unet.parameters(), strict=True):
         if right.grad is None:
             assert own.grad is None, path
             continue
         assert own.grad is not None, path
-        assert (own.grad - right.grad).abs().max() <= 1e-4 * right.grad.abs().max() + 1e-7, path
+        assert (own.grad - right.grad).abs().max() <= 1e-4 * right.grad.abs().max() + 1e-6 * largest, path
 
 
 @pytest.mark.usefixtures("compiled")
