@@ -203,3 +203,10 @@ def test_captions_that_are_all_silent_about_a_thing_cost_nothing() -> None:
     assert float(loss.detach()) == 0
     assert logits_NX.grad is not None
     assert float(logits_NX.grad.abs().sum()) == 0
+
+
+def test_a_color_is_not_to_speak_against_a_shape_that_it_never_met() -> None:
+    """Held-out pairs are to be read as others are: all wrong answers are to be equally unlikely."""
+    even_1X, against_1X = torch.tensor([[4.0, 0.0, 0.0, 0.0]]), torch.tensor([[4.0, 0.0, 0.0, -6.0]])
+    target_1 = torch.tensor([0])
+    assert text._cross_entropy(even_1X, target_1) < text._cross_entropy(against_1X, target_1)

@@ -35,6 +35,9 @@ CONFIG: dict[str, Any] = {
 }
 LENGTH = 77
 PLACES = 8  # bins along each side
+# Of the labels (arXiv:1512.00567). All wrong answers are then to be equally unlikely: without it a color speaks against
+# the shapes that it never occurred with, and a noun of such a pair does not tell its shape.
+SMOOTHING = 0.1
 LOOP = LoopConfig(
     phases=(  # `size` is the number of tokens: few words first, then padded as the pipelines pad
         Phase(num_steps=1250, batch_size=96, size=40, rate=3e-3, last_rate=1.5e-3),
@@ -126,7 +129,7 @@ def _noun_loss(model: Reader, text_BLE: Tensor, scenes: Scenes, offsets: list[li
             looks = [SHAPES.index(thing.shape), THING_COLORS.index(thing.color), SIZES.index(thing.size)]
             targets.append([*looks, *place])
     noun_ME, target_M5 = text_BLE[rows, columns], torch.tensor(targets, device=text_BLE.device)
-    losses = [F.cross_entropy(head(noun_ME), target_M5[:, i]) for i, head in enumerate(model.noun_heads.values())]
+    losses = [_cross_entropy(head(noun_ME), target_M5[:, i]) for i, head in enumerate(model.noun_heads.values())]
     return torch.stack(losses).sum()
 
 
@@ -168,4 +171,4 @@ def _cross_entropy(logits_NX: Tensor, target_N: Tensor) -> Tensor:
     """Nothing, rather than not a number, where the whole batch is silent about it."""
     if bool((target_N == IGNORED).all()):
         return logits_NX.sum() * 0
-    return F.cross_entropy(logits_NX, target_N, ignore_index=IGNORED)
+    return F.cross_entropy(logits_NX, target_N, ignore_index=IGNORED, label_smoothing=SMOOTHING)
