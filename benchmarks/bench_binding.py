@@ -3,7 +3,7 @@
     python benchmarks/bench_binding.py [--model FOLDER] [--captions 2400] [--prompts 1600]
 
 A linear readout of the nouns' states learns shape and colour from training's captions, and is asked of fresh prompts'
-nouns: of known pairs, and of held-out ones. What it cannot read there, no stage I can paint.
+nouns: of known pairs, and of held-out ones. What is hard to read there is hard to paint for a stage I.
 
 M nouns  E width
 """
@@ -22,28 +22,24 @@ from torch import Tensor, nn
 
 from floyd.apps.evaluate import prompts
 from floyd.apps.mini.data import scenes_at
-from floyd.apps.mini.text import embedded, tokenized
-from floyd.scenes.captions import Caption
-from floyd.scenes.scene import HELD_OUT, SHAPES, THING_COLORS, Scene
+from floyd.apps.mini.text import Scenes, embedded, nouns_of, tokenized
+from floyd.scenes.scene import HELD_OUT, SHAPES, THING_COLORS, Thing
 
 SEED = 99  # of captions that are none of the encoder's own training
 BATCH = 96
 NOUNS = {"shape": SHAPES, "color": THING_COLORS}
 
 
-def states(encoder: Any, tokenizer: Any, scenes: list[tuple[Scene, Caption]]) -> tuple[Tensor, list[Any]]:
+def states(encoder: Any, tokenizer: Any, scenes: Scenes) -> tuple[Tensor, list[Thing]]:
     """The state of every noun, [M, E], and the things that they name."""
     state_ME, things = [], []
     for start in range(0, len(scenes), BATCH):
         part = scenes[start : start + BATCH]
-        texts = [told.text for _, told in part]
-        offsets = tokenized(tokenizer, texts)["offset_mapping"]
-        for (scene, told), text_LE, spans in zip(part, embedded(encoder, tokenizer, texts), offsets, strict=True):
-            for begin, end, index in told.nouns:
-                last = max(i for i, (a, b) in enumerate(spans) if a < end and b > begin)
-                state_ME.append(text_LE[last])
-                things.append(scene.things[index])
-    return torch.stack(state_ME), things
+        texts = [caption.text for _, caption in part]
+        rows, columns, named = nouns_of(part, tokenized(tokenizer, texts)["offset_mapping"])
+        state_ME.append(embedded(encoder, tokenizer, texts)[rows, columns])
+        things += named
+    return torch.cat(state_ME), things
 
 
 def readout(state_ME: Tensor, label_M: Tensor, count: int) -> nn.Linear:
@@ -61,11 +57,11 @@ def readout(state_ME: Tensor, label_M: Tensor, count: int) -> nn.Linear:
     return linear
 
 
-def labels(things: list[Any], name: str) -> Tensor:
+def labels(things: list[Thing], name: str) -> Tensor:
     return torch.tensor([NOUNS[name].index(getattr(thing, name)) for thing in things])
 
 
-def told(folder: Path, num_captions: int, num_prompts: int) -> dict[str, Any]:
+def measured(folder: Path, num_captions: int, num_prompts: int) -> dict[str, Any]:
     from transformers import T5EncoderModel, T5Tokenizer
 
     torch.manual_seed(0)
@@ -96,7 +92,7 @@ def main() -> None:
     rows = {}
     for folder in options.model:
         name = "built-in" if folder.resolve() == built_in.resolve() else folder.name
-        rows[name] = told(folder, options.captions, options.prompts)
+        rows[name] = measured(folder, options.captions, options.prompts)
         for kind, row in rows[name].items():
             print(f"{name:12} {kind:9} {row['nouns']:4} nouns  shape {row['shape']:6.1%}  colour {row['color']:6.1%}")
     print(write("binding", rows))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from floyd.apps.mini.data import scenes_at
 from floyd.scenes.captions import Caption
-from floyd.scenes.scene import BACKGROUND_COLORS, SHAPES, SIZES, THING_COLORS, Scene
+from floyd.scenes.scene import BACKGROUND_COLORS, SHAPES, SIZES, THING_COLORS, Scene, Thing
 from floyd.training.loop import LoopConfig, Losses, Phase, device_of
 
 CONFIG: dict[str, Any] = {
@@ -118,16 +118,24 @@ Scenes = list[tuple[Scene, Caption]]
 IGNORED = -100
 
 
-def _noun_loss(model: Reader, text_BLE: Tensor, scenes: Scenes, offsets: list[list[tuple[int, int]]]) -> Tensor:
-    rows, columns, targets = [], [], []
+def nouns_of(scenes: Scenes, offsets: list[list[tuple[int, int]]]) -> tuple[list[int], list[int], list[Thing]]:
+    """Of every noun, M in all: its caption, the last of its tokens, and the thing that it names."""
+    rows, columns, things = [], [], []
     for row, (scene, caption) in enumerate(scenes):
         for start, end, index in caption.nouns:
             rows.append(row)
             columns.append(max(i for i, (a, b) in enumerate(offsets[row]) if a < end and b > start))
-            thing = scene.things[index]
-            place = [min(int(value * PLACES), PLACES - 1) for value in (thing.x, thing.y)]
-            looks = [SHAPES.index(thing.shape), THING_COLORS.index(thing.color), SIZES.index(thing.size)]
-            targets.append([*looks, *place])
+            things.append(scene.things[index])
+    return rows, columns, things
+
+
+def _noun_loss(model: Reader, text_BLE: Tensor, scenes: Scenes, offsets: list[list[tuple[int, int]]]) -> Tensor:
+    rows, columns, things = nouns_of(scenes, offsets)
+    targets = []
+    for thing in things:
+        place = [min(int(value * PLACES), PLACES - 1) for value in (thing.x, thing.y)]
+        looks = [SHAPES.index(thing.shape), THING_COLORS.index(thing.color), SIZES.index(thing.size)]
+        targets.append([*looks, *place])
     noun_ME, target_M5 = text_BLE[rows, columns], torch.tensor(targets, device=text_BLE.device)
     losses = [_cross_entropy(head(noun_ME), target_M5[:, i]) for i, head in enumerate(model.noun_heads.values())]
     return torch.stack(losses).sum()
