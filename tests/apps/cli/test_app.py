@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -75,9 +76,18 @@ def test_every_command_has_help(command: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_breaks_its_lines_where_the_terminal_ends(command: str) -> None:
     page = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "70", "TERMINAL_WIDTH": "70"}).stdout
-    lines = [line.strip() for line in page[: page.index("╭")].splitlines()]
+    lines = [line.strip() for line in re.split(r"\n(?:Arguments|Options):", page)[0].splitlines()]
     told = [(line, after) for line, after in pairwise(lines) if line and after]
-    assert all(len(f"{line} {after.split()[0]}") > 66 for line, after in told), "a word would have fitted before"
+    assert all(len(f"{line} {after.split()[0]}") > 64 for line, after in told), "a word would have fitted before"
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "train", "train-mini", "download", "plan"])
+def test_on_eighty_columns_the_explanations_have_half(command: str) -> None:
+    page = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).stdout
+    told = [line for line in page[page.index("\nOptions:") :].splitlines() if line.startswith(" " * 10)]
+    assert told
+    assert all(len(line) - len(line.lstrip()) <= 40 for line in told)
+    assert all(len(line) <= 80 for line in page.splitlines())
 
 
 def test_the_version_is_the_packages() -> None:

@@ -27,6 +27,7 @@ app = typer.Typer(
     help="DeepFloyd IF: from a text to a picture of 64, 256 or 1024 pixels.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its boxes leave a terminal of 80 columns 20 for the words
 )
 
 
@@ -47,7 +48,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
 }
 for _name, _command in _COMMANDS.items():
-    app.command(_name, help=_flowing(_command.__doc__))(_command)
+    _help = _flowing(_command.__doc__)
+    app.command(_name, help=_help, short_help=_help.split("\n\n")[0])(_command)
 
 
 def _version(is_asked: bool) -> None:
