@@ -86,7 +86,9 @@ PAINTED = 200  # pictures that the first round paints; half of them are learned 
 TIMES = 8  # how often the 12 come beside them
 FOR_KEEPING = ("prior", "prior_weight", "class_dropout")
 LEVELS = (300, 500, 650)  # timesteps of training at which pictures are compared
-OTHERS = 280  # prompts of other things, of what is to be kept, and as many of small ones: they are lost first
+# Prompts of other things, of what is to be kept; and as many of small ones, that are lost first: of stars before all,
+# then of crosses and rings.
+OTHERS, STARS = 280, 180
 
 
 @dataclass(frozen=True)
@@ -261,9 +263,16 @@ def kept_pictures(folder: Path) -> Path:
     mirrored = [text.replace(WORD, shape) for text in texts for shape in SHAPES]
     others = prompts(8 * OTHERS, seed=OLD_SEED + 1)
     small = [one for one in others[OTHERS:] if sum(thing.size == "small" for thing in one.scene.things) > 1]
-    told = [one.prompt for one in others[:OTHERS] + small[:OTHERS]]
+    stars = [one for one in small if "star" in _little(one.scene)]
+    rest = [one for one in small if "star" not in _little(one.scene) and _little(one.scene) & {"cross", "ring"}]
+    told = [one.prompt for one in others[:OTHERS] + stars[:STARS] + rest[: OTHERS - STARS]]
     asked = [Prompted(text, 9000 + i) for i, text in enumerate(mirrored + told)]
     return painted(stage_one().with_quality("draft"), asked, folder)
+
+
+def _little(scene: Scene) -> set[str]:
+    """The shapes of its small things."""
+    return {thing.shape for thing in scene.things if thing.size == "small"}
 
 
 def stage_one(method: str | None = None, result: Path | None = None, word: Path | None = None) -> Cascade:

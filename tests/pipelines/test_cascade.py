@@ -88,11 +88,30 @@ def test_no_stage_is_loaded_that_the_size_does_not_need(root: Path, up_to: Any, 
     assert list(cascade.presets) == [name for name in PRESETS if name in cascade.stages]
 
 
-def test_what_is_not_needed_is_not_looked_for(folders: dict[str, Path], from_disk: Cascade) -> None:
-    cascade = Cascade.from_pretrained(folders["one"], "no/such", "nor/this", presets=PRESETS, up_to=32)
+@pytest.mark.parametrize("memory", [None, "8GB"])
+def test_what_is_not_needed_is_not_looked_for(folders: dict[str, Path], from_disk: Cascade, memory: str | None) -> None:
+    cascade = Cascade.from_pretrained(folders["one"], "no/such", "nor/this", presets=PRESETS, up_to=32, memory=memory)
     np.testing.assert_array_equal(pixels(cascade(PROMPT, size=32).images), pixels(from_disk(PROMPT, size=32).images))
     with pytest.raises(ValueError, match="size must be one of 32"):
         cascade(PROMPT, size=48)
+
+
+@pytest.mark.parametrize(
+    ("up_to", "memory_for", "stages"),
+    [
+        (32, None, {"stage_1"}),
+        (48, Workload(count=2), {"stage_1", "stage_2"}),
+        (48, Workload(size=32), {"stage_1"}),
+        (None, None, {"stage_1", "stage_2", "stage_3"}),
+    ],
+)
+def test_a_plan_is_for_the_stages_that_are_loaded(
+    root: Path, up_to: int | None, memory_for: Workload | None, stages: set[str]
+) -> None:
+    cascade = Cascade.from_pretrained(root, memory="8GB", memory_for=memory_for, up_to=up_to)
+    assert cascade.memory is not None
+    assert {choice.part.partition(".")[0] for choice in cascade.memory.plan.choices} == stages
+    assert cascade.memory.sizing.workload.count == (1 if memory_for is None else memory_for.count)
 
 
 def test_a_plan_may_speak_of_stages_that_are_not_loaded(root: Path, from_disk: Cascade) -> None:

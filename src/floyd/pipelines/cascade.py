@@ -84,7 +84,7 @@ class Cascade:
 
         `memory`: "auto", a size such as "8GB", or a Budget. Precision, quantization and place of each network are then
         chosen so that the whole chain fits and takes the least time; `memory_for` says for which call, one picture of
-        the largest size unless told otherwise. `floyd plan` prints the choice.
+        the largest size (that of `up_to`) unless told otherwise. `floyd plan` prints the choice.
 
         `up_to`: the size of the largest pictures to be painted, as `size` of a call. Stages that these do not need are
         neither loaded nor downloaded.

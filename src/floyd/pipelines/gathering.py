@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from floyd.pipelines.base import DiffusionPipeline
@@ -12,9 +12,10 @@ from floyd.pipelines.deepfloyd_if import IFPipeline, IFSuperResolutionPipeline
 from floyd.pipelines.memory import Managed, Memory, managed
 from floyd.pipelines.painter import Painter
 from floyd.pipelines.sizes import Size, reaches
-from floyd.pipelines.sizing import Workload
+from floyd.pipelines.sizing import Sizing, Workload
 from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
 from floyd.runtime.budget import Budget
+from floyd.runtime.machine import cpu
 from floyd.store.hub import snapshot
 from floyd.store.layout import read_index
 from floyd.store.presets import STAGES, is_cascade, read_presets, stage_folders
@@ -56,7 +57,7 @@ def gathered(
     if foreign := sorted(set(options) & _OWN):
         raise TypeError(f"{', '.join(foreign)} belongs to a single stage: build the stages, and then Cascade(*stages).")
     presets = stored if presets is None else presets
-    plan = _planned(models, memory, memory_for, presets, options)
+    plan = _planned(models, memory, memory_for, presets, up_to, options)
     views: dict[str, dict[str, Any]] = {name: {"memory": plan.stage(name)} if plan else {} for name in STAGES}
     stages = _loaded(models, options, views, up_to)
 
@@ -108,6 +109,7 @@ def _planned(
     memory: Memory | None,
     workload: Workload | None,
     presets: Presets,
+    up_to: Size | None,
     options: Mapping[str, Any],
 ) -> Managed | None:
     """The plan that was asked for; the files that it speaks of are on this machine from then on."""
@@ -120,17 +122,23 @@ def _planned(
         raise ValueError("memory= chooses where each network lies, and so does device_map=: leave one out.")
     hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
     given = {name for name in options if name in IFPipeline.component_names}
-    folders = []
+    variant = options.get("variant")
+    folders: list[str | os.PathLike[str]] = []
     for number, model in enumerate(models):
         index = read_index(snapshot(model, components=[], **hub))
         absent = given | ({"text_encoder", "tokenizer"} | set(_SHARED) if number == 1 else set())
         wanted = [name for name, kind in index.components.items() if kind is not None and name not in absent]
         folders.append(snapshot(model, components=wanted, **hub))
+        sizing = Sizing.of_models(folders, machine=cpu(), variant=variant)
+        if reaches(max(max(sides) for sides in sizing.sides.values()), up_to):
+            break
+    if up_to is not None and (workload is None or workload.size is None):
+        workload = replace(workload or Workload(), size=up_to)
     dtype = options.get("torch_dtype", options.get("dtype"))
     return managed(
         folders,
         memory,
-        variant=options.get("variant"),
+        variant=variant,
         dtype=dtype,
         given=given,
         workload=workload,
