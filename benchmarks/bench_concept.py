@@ -74,7 +74,7 @@ COMMON: dict[str, Any] = {"caption_dropout": 0.0, "warmup": 10, "last_rate": 0.0
 LORA: dict[str, Any] = {"rate": 6e-3, "rank": 6, "alpha": 8.0, "targets": LAYERS}
 METHODS: dict[str, dict[str, Any]] = {
     "two rounds": {
-        **LORA, "rank": 7, "alpha": 9.3, "method": "dreambooth", "steps": 1100, "batch": 16,
+        **LORA, "rank": 7, "alpha": 9.3, "method": "dreambooth", "steps": 1600, "batch": 16,
         "prior": "network", "prior_weight": 4.0, "class_dropout": 0.12,
     },
     "lora": {**LORA, "method": "lora", "rate": 4e-3, "steps": 600, "batch": 12},
@@ -82,7 +82,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "textual-inversion": {"method": "textual-inversion", "rate": 2e-2, "steps": 100, "batch": 6, "tokens": (WORD,),
                           "start_word": "ring"},
 }  # fmt: skip
-PAINTED = 200  # pictures that the first round paints; half of them are learned from
+PAINTED, CHOSEN = 400, 132  # pictures that the first round paints, and how many of them are learned from
 TIMES = 8  # how often the 12 come beside them
 FOR_KEEPING = ("prior", "prior_weight", "class_dropout")
 LEVELS = (300, 500, 650)  # timesteps of training at which pictures are compared
@@ -211,18 +211,19 @@ def painted(cascade: Cascade, asked: Sequence[Any], folder: Path, batch: int = 2
 
 
 def own_pictures(taught: Path, first: Path, word: Path, folder: Path) -> Path:
-    """The likelier half of what the first round paints of the word, at each place, and the taught pictures."""
-    scenes = concepts(np.random.default_rng(PICTURE_SEED + 1), THING_COLORS, POSITIONS)
-    shown = [(scene.position, told.text) for scene, told in islice(scenes, PAINTED)]
-    asked = [Prompted(text, 7000 + i) for i, (_, text) in enumerate(shown)]
+    """The likelier third of what the first round paints of the word, at each place in each colour, and the taught."""
+    shown = list(islice(concepts(np.random.default_rng(PICTURE_SEED + 1), THING_COLORS, POSITIONS), PAINTED))
+    asked = [Prompted(told.text, 7000 + i) for i, (_, told) in enumerate(shown)]
     trained = stage_one("lora", first, word)
     painted(trained, asked, folder)
     likelihood_B = likelihood(trained, stage_one(), folder, [one.prompt for one in asked])
-    for place in POSITIONS:  # each by itself: what is rarely likely would be rarely learned
-        rows_P = torch.tensor([i for i, (position, _) in enumerate(shown) if position == place])
-        for i in rows_P[likelihood_B[rows_P].argsort()[: len(rows_P) // 2]].tolist():
-            for path in folder.glob(f"painted-{i:03}.*"):
-                path.unlink()
+    for alike in ([scene.position for scene, _ in shown], [scene.things[0].color for scene, _ in shown]):
+        for kind in set(alike):  # each by itself: what is rarely likely would be rarely learned
+            rows_K = torch.tensor([i for i, other in enumerate(alike) if other == kind])
+            likelihood_B[rows_K] -= likelihood_B[rows_K].mean()
+    for i in likelihood_B.argsort(descending=True)[CHOSEN:].tolist():
+        for path in folder.glob(f"painted-{i:03}.*"):
+            path.unlink()
     for path in sorted(taught.iterdir()):
         for turn in range(TIMES):
             shutil.copy(path, folder / f"taught-{turn}-{path.name}")
