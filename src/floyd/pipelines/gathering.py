@@ -123,14 +123,13 @@ def _planned(
     hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
     given = {name for name in options if name in IFPipeline.component_names}
     variant = options.get("variant")
-    folders: list[str | os.PathLike[str]] = []
+    folders: list[Model] = []
     for number, model in enumerate(models):
         index = read_index(snapshot(model, components=[], **hub))
         absent = given | ({"text_encoder", "tokenizer"} | set(_SHARED) if number == 1 else set())
         wanted = [name for name, kind in index.components.items() if kind is not None and name not in absent]
         folders.append(snapshot(model, components=wanted, **hub))
-        sizing = Sizing.of_models(folders, machine=cpu(), variant=variant)
-        if reaches(max(max(sides) for sides in sizing.sides.values()), up_to):
+        if up_to is not None and reaches(_side_of_last(folders, variant), up_to):
             break
     if up_to is not None and (workload is None or workload.size is None):
         workload = replace(workload or Workload(), size=up_to)
@@ -145,3 +144,9 @@ def _planned(
         presets=presets,
         quantization=options.get("quantization"),
     )
+
+
+def _side_of_last(folders: Sequence[Model], variant: str | None) -> int:
+    """In pixels, of what the last of these pipelines paints by itself: as `sides_of`, with nothing loaded."""
+    sides = Sizing.of_models(folders, machine=cpu(), variant=variant).sides
+    return list(sides.values())[-1][0]
