@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/bench_presets.py [--groups samplers deciding] [--student FOLDER]
     python benchmarks/bench_presets.py --only "Euler ancestral:20" --guidance 1 2 --intervals 0-600 200-1000
+    python benchmarks/plot.py && python benchmarks/tables.py --write      the charts and tables of docs/speed.md
 
 right      the judge sees everything that the prompt says, and no other thing
 distance   Frechet distance of the pictures to the prompts' own scenes, both shrunk to 8 x 8 pixels in [0, 1]; `floor`
@@ -196,8 +197,9 @@ class Gallery:
 
 def difference_of_the_engine(cascade: Cascade, way: Way) -> dict[str, float]:
     """Of pixels in [-1, 1], between pictures painted with the engine and without: many steps amplify rounding."""
-    plain: Any = Cascade.built_in()
-    stages = [plain.stages["stage_1"], cascade.stages["stage_1"]]
+    plain = Cascade.built_in()
+    plain.use_engine(None)
+    stages: list[Any] = [plain.stages["stage_1"], cascade.stages["stage_1"]]
     asked, pictures = prompts(4), []
     for stage in stages:
         painter = way.painter(Cascade(stage), {})
@@ -268,9 +270,11 @@ def run(
                 own = [answer for answer in answers if answer.asked in part]
                 if results.find(way, count) is None:
                     results.add(measured(way, painter, own))
-        row = results.find(way, max(counts))
-        assert row is not None, "it was just added"
-        results.compare(row)
+        found = [results.find(way, count) for count in counts]
+        rows = [row for row in found if row is not None]
+        for row in rows:
+            results.compare(row)
+        row = max(rows, key=lambda row: row["prompts"])
         print(shown(way, row), flush=True)
 
 

@@ -1,6 +1,6 @@
 """A small chart as SVG, which is text: lines of points on axes, a name at the end of each line.
 
-python benchmarks/plot.py      docs/images/presets.svg and guidance.svg from results/presets.json, and its tables
+python benchmarks/plot.py      docs/images/presets.svg and guidance.svg from results/presets.json
 """
 
 from __future__ import annotations
@@ -84,24 +84,6 @@ def _of_equal_prompts(figures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [row for row in figures["rows"] if row["prompts"] == num_prompts]
 
 
-def table(figures: Mapping[str, Any]) -> str:
-    """All rows for docs/speed.md, of each number of prompts for itself."""
-    lines = []
-    for num_prompts in sorted({row["prompts"] for row in figures["rows"]}, reverse=True):
-        lines += ["", f"{num_prompts} prompts; other scenes are at {figures['floors'][str(num_prompts)]:.2f}", ""]
-        lines += ["| sampler | steps | guidance | rows | right | against DDPM-100 | distance |", f"|---|{'---:|' * 6}"]
-        for row in (row for row in figures["rows"] if row["prompts"] == num_prompts):
-            name = row["sampler"] + ("" if row["spacing"] is None else f", {row['spacing']}")
-            name += "" if row["network"] == "built-in" else ", student"
-            guidance = f"{row['guidance']:g}"
-            guidance += "" if row["interval"] is None else ", from {} to {}".format(*row["interval"])
-            mean, error = (100 * row.get("difference", {}).get(key, 0) for key in ("mean", "error"))
-            against = f"{mean:+.1f} ± {error:.1f}" if "difference" in row else ""
-            measured = f"{row['rows']} | {row['right']:.1%} | {against} | {row['distance']:.2f}".replace("%", " %")
-            lines.append(f"| {name} | {row['steps']} | {guidance} | {measured} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     figures = json.loads((RESULTS / "presets.json").read_text())["figures"]
     num_prompts = min(row["prompts"] for row in figures["rows"])
@@ -114,7 +96,6 @@ def main() -> None:
         path = Path(__file__).parent.parent / "docs" / "images" / f"{name}.svg"
         path.write_text(chart(lines, x=x, y="everything right", title=title))
         print(path)
-    print(table(figures))
 
 
 if __name__ == "__main__":

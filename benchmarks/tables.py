@@ -113,6 +113,26 @@ def dreambooth() -> str:
     return grid(["", "steps a second", "ratio", "of processor time", "of peak memory"], rows)
 
 
+def presets(name: str, choose: Callable[..., int]) -> str:
+    """The ways to paint that were tried with as many prompts as `choose` says."""
+    figures = read(name)["figures"]
+    num_prompts = choose(row["prompts"] for row in figures["rows"])
+    rows = []
+    for row in (row for row in figures["rows"] if row["prompts"] == num_prompts):
+        sampler = row["sampler"] + ("" if row["spacing"] is None else f", {row['spacing']}")
+        sampler += "" if row["network"] == "built-in" else ", the student"
+        guidance = f"{row['guidance']:g}"
+        guidance += "" if row["interval"] is None else ", from {} to {}".format(*row["interval"])
+        against = ""
+        if "difference" in row:
+            against = "{:+.1f} ± {:.1f}".format(*(100 * row["difference"][key] for key in ("mean", "error")))
+        right = f"{100 * row['right']:.1f} %"
+        rows.append([sampler, str(row["steps"]), guidance, str(row["rows"]), right, against, f"{row['distance']:.2f}"])
+    floor = f"scenes of {num_prompts} other prompts"
+    head = ["sampler", "steps", "guidance", "rows", "right", "against DDPM-100", "distance"]
+    return grid(head, [*rows, [floor, "", "", "", "", "", f"{figures['floors'][str(num_prompts)]:.2f}"]])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "cascade": cascade,
@@ -120,13 +140,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "avx2/cascade": partial(cascade, "avx2/"),
     "batches": batches,
     "start": start,
+    "presets:most": partial(presets, "presets", max),
+    "presets:fewest": partial(presets, "presets", min),
+    "student": partial(presets, "student", max),
     "concept": concept,
     "dreambooth": dreambooth,
 }
 
 
 def measured() -> dict[str, Callable[[], str]]:
-    return {name: table for name, table in TABLES.items() if (RESULTS / f"{name}.json").exists()}
+    """What is behind a colon tells tables of the same results apart."""
+    return {name: table for name, table in TABLES.items() if (RESULTS / f"{name.partition(':')[0]}.json").exists()}
 
 
 def written(page: str) -> str:
