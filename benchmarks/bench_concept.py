@@ -1,6 +1,7 @@
 """A shape and a word that the built-in model never met, taught to it from 12 pictures by each method of `floyd train`.
 
     python benchmarks/bench_concept.py [--methods "two rounds" lora dreambooth textual-inversion] [--prompts 96]
+    python benchmarks/bench_concept.py --methods "two rounds" --rate 0.003 --steps 380      another last round
 
 What is in `--folder` already, of other methods and of the plain model, is told again and not made again.
 
@@ -11,6 +12,8 @@ large: of a small one 64 px leave the judge little to see.
 found      the judge sees a crescent in the picture of a new prompt
 right      ... and everything else that the prompt says, and no other thing
 old        prompts of the built-in model's own evaluation that come out right, before and after
+errors     in the noise that is told in the new prompts' own scenes, and in those of old ones, over those before:
+           finer than pictures that are right or wrong
 control    crescents in the pictures of the same new prompts before any training: what the judge finds by mistake
 
 lora        the 12 pictures and nothing else: the shape carries over to new colours, and to every other word
@@ -309,6 +312,30 @@ def old(cascade: Cascade, count: int) -> float:
     return share
 
 
+@torch.no_grad()
+def noise_errors(cascade: Cascade, asked: Sequence[Any], batch: int = 16) -> Tensor:
+    """[levels]: the mean squared error in the noise that was put on the prompts' own scenes."""
+    pipe: Any = cascade.stages["stage_1"]
+    pixels_BHWC = np.stack([render(one.scene, 64) for one in asked])
+    x_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
+    parts = [pipe.encode_prompt([one.prompt], do_classifier_free_guidance=False)[0] for one in asked]
+    engine, errors = prepared("winograd", pipe.unet), []
+    for t in LEVELS:
+        noise_BCHW = torch.randn(x_BCHW.shape, generator=torch.Generator().manual_seed(t))
+        noisy_BCHW = pipe.scheduler.schedule.noised(x_BCHW, noise_BCHW, t)
+        rows = zip(*(part.split(batch) for part in (noisy_BCHW, torch.cat(parts), noise_BCHW)), strict=True)
+        errors.append(
+            [(engine.step(x, t, engine.read(text))[:, :3] - noise).square().mean() for x, text, noise in rows]
+        )
+    return torch.tensor(errors).mean(1)
+
+
+def changes(trained: Cascade, before: Cascade, wanted: Sequence[Wanted]) -> dict[str, float]:
+    """Of the errors, over what they were before."""
+    asked = {"new_error": wanted, "old_error": list(prompts(len(wanted), seed=OLD_SEED))}
+    return {name: float((noise_errors(trained, own) / noise_errors(before, own)).mean()) for name, own in asked.items()}
+
+
 def trained(method: str, folder: Path, word: Path, seed: int) -> dict[str, Any]:
     """The run's file, and what it cost, the painting of pictures included."""
     begin = time.monotonic()
@@ -346,7 +373,10 @@ def main() -> None:
     parser.add_argument("--old", type=int, default=288)
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--folder", type=Path, default=Path("concept"))
+    parser.add_argument("--rate", type=float, help="of the last of the two rounds")
+    parser.add_argument("--steps", type=int, help="of the last of the two rounds")
     options = parser.parse_args()
+    METHODS["two rounds"] |= {name: value for name in ("rate", "steps") if (value := getattr(options, name))}
     wanted = new_prompts(options.prompts)
     word = noun(options.folder / "word")
     plain = stage_one()
@@ -365,11 +395,13 @@ def main() -> None:
         made = trained(method, options.folder / method.replace(" ", "-"), word, options.seed)
         cascade = stage_one(method, made.pop("result"), word)
         made |= {"threads": torch.get_num_threads(), **answered(cascade, wanted), "old": old(cascade, options.old)}
+        made |= changes(cascade, stage_one("textual-inversion", word), wanted)
         figures["rows"][method] = made
         told.write_text(json.dumps(figures))
         print(
             f"{method:18} {made['minutes']:5.1f} min {made['bytes'] / 1e6:5.2f} MB  found {made['found']:6.1%}  right "
-            f"{made['right']:6.1%}  old {made['old']:6.1%} ({made['old'] - before:+.1%})",
+            f"{made['right']:6.1%}  old {made['old']:6.1%} ({made['old'] - before:+.1%})  "
+            f"errors of new {made['new_error']:.3f}, of old {made['old_error']:.3f}",
             flush=True,
         )
         path = write("concept", figures)
