@@ -50,7 +50,7 @@ from floyd.adapters.tokens import write_rows
 from floyd.apps.evaluate import CascadePainter, evaluate, prompts, report
 from floyd.apps.tuning.config import TuneConfig
 from floyd.apps.tuning.run import Run
-from floyd.engines.registry import Engine, prepared
+from floyd.engines.registry import prepared
 from floyd.pipelines.cascade import Cascade
 from floyd.scenes.captions import Caption, caption
 from floyd.scenes.judge import read, verdict
@@ -233,32 +233,38 @@ def own_pictures(taught: Path, first: Path, word: Path, folder: Path) -> Path:
     return folder
 
 
+def _pipe(cascade: Cascade) -> Any:
+    return cascade.stages["stage_1"]
+
+
+def _signal(pictures: Sequence[np.ndarray]) -> Tensor:
+    """[B, 3, H, W] in [-1, 1], of bytes."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 @torch.no_grad()
-def likelihood(trained: Cascade, plain: Cascade, folder: Path, texts: Sequence[str], batch: int = 32) -> Tensor:
+def noise_errors(pipe: Any, x_BCHW: Tensor, captions: Sequence[str], batch: int = 32) -> Tensor:
+    """[levels, B]: the mean squared error in the noise, the same on every picture, that the captions' network tells."""
+    parts = [pipe.encode_prompt([text], do_classifier_free_guidance=False)[0] for text in captions]
+    engine, text_BLD, found = prepared("winograd", pipe.unet), torch.cat(parts), []
+    for t in LEVELS:
+        noise_BCHW = torch.randn(x_BCHW[:1].shape, generator=torch.Generator().manual_seed(t)).expand_as(x_BCHW)
+        noisy_BCHW = pipe.scheduler.schedule.noised(x_BCHW, noise_BCHW, t)
+        rows = zip(*(part.split(batch) for part in (noisy_BCHW, text_BLD, noise_BCHW)), strict=True)
+        outs = [engine.step(x, t, engine.read(text))[:, :3] - noise for x, text, noise in rows]
+        found.append(torch.cat(outs).square().mean((1, 2, 3)))
+    return torch.stack(found)
+
+
+def likelihood(trained: Cascade, plain: Cascade, folder: Path, texts: Sequence[str]) -> Tensor:
     """[B]: how much better the trained network tells the noise in its pictures than the plain one tells it of the
     picture of any known shape. A diffusion classifier (arXiv:2303.16203): a ring is told by the plain one, too."""
-    pixels = [np.asarray(Image.open(path)) for path in sorted(folder.glob("painted-*.png"))]
-    x_BCHW = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-    def errors(pipe: Any, engine: Engine, captions: Sequence[str]) -> Tensor:
-        """[levels, B]"""
-        parts = [pipe.encode_prompt([text], do_classifier_free_guidance=False)[0] for text in captions]
-        text_BLD, found = torch.cat(parts), []
-        for t in LEVELS:
-            noise_BCHW = torch.randn(x_BCHW[:1].shape, generator=torch.Generator().manual_seed(t)).expand_as(x_BCHW)
-            noisy_BCHW = pipe.scheduler.schedule.noised(x_BCHW, noise_BCHW, t)
-            rows = zip(*(part.split(batch) for part in (noisy_BCHW, text_BLD, noise_BCHW)), strict=True)
-            outs = [engine.step(x, t, engine.read(text))[:, :3] - noise for x, text, noise in rows]
-            found.append(torch.cat(outs).square().mean((1, 2, 3)))
-        return torch.stack(found)
-
-    own: Any = trained.stages["stage_1"]
-    before: Any = plain.stages["stage_1"]
-    engine, engine_before = (prepared("winograd", pipe.unet) for pipe in (own, before))
+    x_BCHW = _signal([np.asarray(Image.open(path)) for path in sorted(folder.glob("painted-*.png"))])
+    before = _pipe(plain)
     known = torch.stack(
-        [errors(before, engine_before, [text.replace(WORD, shape) for text in texts]) for shape in SHAPES]
+        [noise_errors(before, x_BCHW, [text.replace(WORD, shape) for text in texts]) for shape in SHAPES]
     )
-    return (known.amin(0) / errors(own, engine, texts)).log().mean(0)
+    return (known.amin(0) / noise_errors(_pipe(trained), x_BCHW, texts)).log().mean(0)
 
 
 def kept_pictures(folder: Path) -> Path:
@@ -312,28 +318,16 @@ def old(cascade: Cascade, count: int) -> float:
     return share
 
 
-@torch.no_grad()
-def noise_errors(cascade: Cascade, asked: Sequence[Any], batch: int = 16) -> Tensor:
-    """[levels]: the mean squared error in the noise that was put on the prompts' own scenes."""
-    pipe: Any = cascade.stages["stage_1"]
-    pixels_BHWC = np.stack([render(one.scene, 64) for one in asked])
-    x_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
-    parts = [pipe.encode_prompt([one.prompt], do_classifier_free_guidance=False)[0] for one in asked]
-    engine, errors = prepared("winograd", pipe.unet), []
-    for t in LEVELS:
-        noise_BCHW = torch.randn(x_BCHW.shape, generator=torch.Generator().manual_seed(t))
-        noisy_BCHW = pipe.scheduler.schedule.noised(x_BCHW, noise_BCHW, t)
-        rows = zip(*(part.split(batch) for part in (noisy_BCHW, torch.cat(parts), noise_BCHW)), strict=True)
-        errors.append(
-            [(engine.step(x, t, engine.read(text))[:, :3] - noise).square().mean() for x, text, noise in rows]
-        )
-    return torch.tensor(errors).mean(1)
-
-
 def changes(trained: Cascade, before: Cascade, wanted: Sequence[Wanted]) -> dict[str, float]:
-    """Of the errors, over what they were before."""
-    asked = {"new_error": wanted, "old_error": list(prompts(len(wanted), seed=OLD_SEED))}
-    return {name: float((noise_errors(trained, own) / noise_errors(before, own)).mean()) for name, own in asked.items()}
+    """Of the errors in the noise on the prompts' own scenes, over what they were before."""
+    found = {}
+    for name, asked in {"new_error": wanted, "old_error": prompts(len(wanted), seed=OLD_SEED)}.items():
+        x_BCHW = _signal([render(one.scene, 64) for one in asked])
+        mean_L, mean_before_L = (
+            noise_errors(_pipe(cascade), x_BCHW, [one.prompt for one in asked]).mean(1) for cascade in (trained, before)
+        )
+        found[name] = float((mean_L / mean_before_L).mean())
+    return found
 
 
 def trained(method: str, folder: Path, word: Path, seed: int) -> dict[str, Any]:

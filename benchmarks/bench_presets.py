@@ -270,12 +270,12 @@ def run(
                 own = [answer for answer in answers if answer.asked in part]
                 if results.find(way, count) is None:
                     results.add(measured(way, painter, own))
-        found = [results.find(way, count) for count in counts]
-        rows = [row for row in found if row is not None]
-        for row in rows:
+        for count in counts:
+            row = results.find(way, count)
+            assert row is not None, "it was just added"
             results.compare(row)
-        row = max(rows, key=lambda row: row["prompts"])
-        print(shown(way, row), flush=True)
+            if count == max(counts):
+                print(shown(way, row), flush=True)
 
 
 def main() -> None:
