@@ -1,9 +1,10 @@
 """A shape and a word that the built-in model never met, taught to it from 12 pictures by each method of `floyd train`.
 
     python benchmarks/bench_concept.py [--methods "two rounds" lora dreambooth textual-inversion] [--prompts 96]
-    python benchmarks/bench_concept.py --methods "two rounds" --rate 0.003 --steps 380      another last round
+    python benchmarks/bench_concept.py --methods "two rounds" --set rate=0.006 steps=1600     another last round
 
-What is in `--folder` already, of other methods and of the plain model, is told again and not made again.
+What is in `--folder` already and was made with the same settings is told again, with the minutes that it took, and not
+made again: the figures of the plain model, LoRA alone, which is the first of the two rounds, and the pictures.
 
 The shape is a crescent, the word "zorp". It is taught in six colours and at seven places: six times alone, and six
 times beside a thing that the model knows. Asked for are the two other colours, at the two other places. It is always
@@ -33,8 +34,9 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -77,8 +79,8 @@ COMMON: dict[str, Any] = {"caption_dropout": 0.0, "warmup": 10, "last_rate": 0.0
 LORA: dict[str, Any] = {"rate": 6e-3, "rank": 6, "alpha": 8.0, "targets": LAYERS}
 METHODS: dict[str, dict[str, Any]] = {
     "two rounds": {
-        **LORA, "rank": 7, "alpha": 9.3, "method": "dreambooth", "steps": 1600, "batch": 16,
-        "prior": "network", "prior_weight": 4.0, "class_dropout": 0.12,
+        **LORA, "rank": 7, "alpha": 9.3, "method": "dreambooth", "rate": 4e-3, "steps": 500, "batch": 16,
+        "weight_decay": 0.1, "prior": "network", "prior_weight": 8.0, "class_dropout": 0.12,
     },
     "lora": {**LORA, "method": "lora", "rate": 4e-3, "steps": 600, "batch": 12},
     "dreambooth": {**LORA, "method": "dreambooth", "steps": 400, "batch": 16, "prior_weight": 2.0},
@@ -86,8 +88,7 @@ METHODS: dict[str, dict[str, Any]] = {
                           "start_word": "ring"},
 }  # fmt: skip
 PAINTED, CHOSEN = 400, 132  # pictures that the first round paints, and how many of them are learned from
-TIMES = 8  # how often the 12 come beside them
-FOR_KEEPING = ("prior", "prior_weight", "class_dropout")
+TIMES = 2  # how often the 12 come beside them
 LEVELS = (300, 500, 650)  # timesteps of training at which pictures are compared
 # Prompts of other things, of what is to be kept; and as many of small ones, that are lost first: of stars before all,
 # then of crosses and rings.
@@ -330,34 +331,77 @@ def changes(trained: Cascade, before: Cascade, wanted: Sequence[Wanted]) -> dict
     return found
 
 
-def trained(method: str, folder: Path, word: Path, seed: int) -> dict[str, Any]:
-    """The run's file, and what it cost, the painting of pictures included."""
-    begin = time.monotonic()
-    shutil.rmtree(folder, ignore_errors=True)
-    told = {**COMMON, **METHODS[method], "seed": seed, "out": str(folder / "run")}
-    told["data"] = str(pictures(folder / "taught"))
-    if method != "textual-inversion":
-        told["words"] = str(word)
-    if method == "two rounds":
-        first = _tuned("lora", {**told, **METHODS["lora"], "out": str(folder / "first")}, FOR_KEEPING)
-        told["data"] = str(own_pictures(folder / "taught", first, word, folder / "own"))
-    if told["method"] == "dreambooth":
-        told["class_data"] = str(kept_pictures(folder / "kept"))
-    result = _tuned(method, told)
-    return {
-        **{name: told[name] for name in ("steps", "batch", "rate", "seed")},
-        "result": result,
-        "minutes": (time.monotonic() - begin) / 60,
-        "bytes": result.stat().st_size,
-    }
+@dataclass(frozen=True)
+class Parts:
+    """What the methods are made of, each in a folder named after all that it depends on."""
+
+    folder: Path
+    word: Path
+    model_hash: str
+    seed: int
+
+    def row(self, method: str) -> tuple[Path, dict[str, Any]]:
+        """The run's file, and what it cost, the painting of pictures included."""
+        settings = {**COMMON, **METHODS[method], "seed": self.seed}
+        minutes = 0.0
+        data = self.taught()
+        if method == "two rounds":
+            first, spent = self.run("lora", {**COMMON, **METHODS["lora"], "seed": self.seed}, {"data": str(data)})
+            key = [PAINTED, CHOSEN, TIMES, first.parent.name]
+            data, own = self.made("own", key, lambda folder: own_pictures(self.taught(), first, self.word, folder))
+            minutes += spent + own
+        told = {"data": str(data)}
+        if settings["method"] == "dreambooth":
+            kept, spent = self.made("kept", [OTHERS, STARS], kept_pictures)
+            told["class_data"] = str(kept)
+            minutes += spent
+        result, spent = self.run(method, settings, told)
+        return result, {
+            **{name: settings[name] for name in ("steps", "batch", "rate", "seed")},
+            "minutes": minutes + spent,
+            "bytes": result.stat().st_size,
+            "threads": torch.get_num_threads(),
+        }
+
+    def taught(self) -> Path:
+        return pictures(self.folder / "taught")
+
+    def run(self, label: str, settings: dict[str, Any], told: dict[str, str]) -> tuple[Path, float]:
+        words = {} if settings["method"] == "textual-inversion" else {"words": str(self.word)}
+
+        def train(folder: Path) -> None:
+            _tuned(label, {**settings, **told, **words, "out": str(folder)})
+
+        out, minutes = self.made(label, [settings, *(Path(path).name for path in told.values())], train)
+        (result,) = out.glob("*.safetensors")
+        return result, minutes
+
+    def made(self, label: str, key: Any, make: Callable[[Path], Any]) -> tuple[Path, float]:
+        """The folder, filled now or before, and the minutes that it took."""
+        mark = sha256(json.dumps([self.model_hash, key], sort_keys=True).encode()).hexdigest()[:8]
+        folder = self.folder / f"{label.replace(' ', '-')}-{mark}"
+        minutes = folder.with_suffix(".minutes")
+        if not minutes.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            begin = time.monotonic()
+            make(folder)
+            minutes.write_text(str((time.monotonic() - begin) / 60))
+        return folder, float(minutes.read_text())
 
 
-def _tuned(label: str, told: dict[str, Any], without: Sequence[str] = ()) -> Path:
-    run = Run(TuneConfig.of(**{name: value for name, value in told.items() if name not in without}, device="cpu"))
-    for moment in run.moments():
+def _tuned(label: str, told: dict[str, Any]) -> None:
+    for moment in Run(TuneConfig.of(**told, device="cpu")).moments():
         if moment.label == "training" and moment.done % 25 == 0:
             print(f"  {label} {moment.done}/{moment.total} {json.dumps(moment.losses)}", flush=True)
-    return run.result
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """name=value, the value in JSON; a word needs no quotes."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def main() -> None:
@@ -367,10 +411,9 @@ def main() -> None:
     parser.add_argument("--old", type=int, default=288)
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--folder", type=Path, default=Path("concept"))
-    parser.add_argument("--rate", type=float, help="of the last of the two rounds")
-    parser.add_argument("--steps", type=int, help="of the last of the two rounds")
+    parser.add_argument("--set", nargs="*", type=_setting, default=[], help="name=value, of the last of two rounds")
     options = parser.parse_args()
-    METHODS["two rounds"] |= {name: value for name in ("rate", "steps") if (value := getattr(options, name))}
+    METHODS["two rounds"] |= dict(options.set)
     wanted = new_prompts(options.prompts)
     word = noun(options.folder / "word")
     plain = stage_one()
@@ -385,10 +428,11 @@ def main() -> None:
     }  # fmt: skip
     before = figures["before"]
     print(f"before: old {before:.1%}, control {figures['control']['found']:.1%}", flush=True)
+    parts = Parts(options.folder, word, model_hash, options.seed)
     for method in options.methods:
-        made = trained(method, options.folder / method.replace(" ", "-"), word, options.seed)
-        cascade = stage_one(method, made.pop("result"), word)
-        made |= {"threads": torch.get_num_threads(), **answered(cascade, wanted), "old": old(cascade, options.old)}
+        result, made = parts.row(method)
+        cascade = stage_one(method, result, word)
+        made |= {**answered(cascade, wanted), "old": old(cascade, options.old)}
         made |= changes(cascade, stage_one("textual-inversion", word), wanted)
         figures["rows"][method] = made
         told.write_text(json.dumps(figures))
