@@ -3,8 +3,9 @@
     python benchmarks/bench_concept.py [--methods "two rounds" lora dreambooth textual-inversion] [--prompts 96]
     python benchmarks/bench_concept.py --methods "two rounds" --set rate=0.006 steps=1600     another last round
 
-What is in `--folder` already and was made with the same settings is told again, with the minutes that it took, and not
-made again: the figures of the plain model, LoRA alone, which is the first of the two rounds, and the pictures.
+What is in `--folder` already and was made with the same settings is not made again, and its minutes are told again:
+LoRA alone, which is the first of the two rounds, every other run, and the pictures. So are the figures of the plain
+model, and the rows of methods that are not asked for.
 
 The shape is a crescent, the word "zorp". It is taught in six colours and at seven places: six times alone, and six
 times beside a thing that the model knows. Asked for are the two other colours, at the two other places. It is always
@@ -36,6 +37,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from importlib.resources import files
 from itertools import islice
@@ -88,7 +90,6 @@ METHODS: dict[str, dict[str, Any]] = {
                           "start_word": "ring"},
 }  # fmt: skip
 PAINTED, CHOSEN = 400, 132  # pictures that the first round paints, and how many of them are learned from
-TIMES = 2  # how often the 12 come beside them
 LEVELS = (300, 500, 650)  # timesteps of training at which pictures are compared
 # Prompts of other things, of what is to be kept; and as many of small ones, that are lost first: of stars before all,
 # then of crosses and rings.
@@ -167,7 +168,7 @@ def noun(folder: Path) -> Path:
     they cannot be told apart. So a direction is added in which the encoder's state of the word, in captions, is as far
     as can be from the states of all other words (Mahalanobis).
     """
-    pipe: Any = Cascade.built_in().stages["stage_1"]
+    pipe = _pipe(Cascade.built_in())
     table_VE = pipe.text_encoder.requires_grad_(False).get_input_embeddings().weight
     ids = [pipe.tokenizer(shape, add_special_tokens=False).input_ids[0] for shape in SHAPES]
     known_SE = table_VE[ids]
@@ -214,8 +215,9 @@ def painted(cascade: Cascade, asked: Sequence[Any], folder: Path, batch: int = 2
     return folder
 
 
-def own_pictures(taught: Path, first: Path, word: Path, folder: Path) -> Path:
-    """The likelier third of what the first round paints of the word, at each place in each colour, and the taught."""
+def own_pictures(taught: Path, first: Path, word: Path, times: int, folder: Path) -> Path:
+    """The likelier third of what the first round paints of the word, at each place in each colour; and the taught, so
+    many times."""
     shown = list(islice(concepts(np.random.default_rng(PICTURE_SEED + 1), THING_COLORS, POSITIONS), PAINTED))
     asked = [Prompted(told.text, 7000 + i) for i, (_, told) in enumerate(shown)]
     trained = stage_one("lora", first, word)
@@ -229,7 +231,7 @@ def own_pictures(taught: Path, first: Path, word: Path, folder: Path) -> Path:
         for path in folder.glob(f"painted-{i:03}.*"):
             path.unlink()
     for path in sorted(taught.iterdir()):
-        for turn in range(TIMES):
+        for turn in range(times):
             shutil.copy(path, folder / f"taught-{turn}-{path.name}")
     return folder
 
@@ -289,7 +291,7 @@ def _little(scene: Scene) -> set[str]:
 def stage_one(method: str | None = None, result: Path | None = None, word: Path | None = None) -> Cascade:
     """The built-in one, with what a run wrote, and the word that it was told."""
     whole = Cascade.built_in()
-    pipe: Any = whole.stages["stage_1"]
+    pipe = _pipe(whole)
     if method == "textual-inversion":
         pipe.load_textual_inversion(result)
     elif method is not None:
@@ -333,24 +335,31 @@ def changes(trained: Cascade, before: Cascade, wanted: Sequence[Wanted]) -> dict
 
 @dataclass(frozen=True)
 class Parts:
-    """What the methods are made of, each in a folder named after all that it depends on."""
+    """What the methods are made of, each in a folder named after its settings and the model."""
 
     folder: Path
     word: Path
     model_hash: str
     seed: int
+    times: int  # how often the 12 come beside what the first round painted
+
+    def settings(self, method: str) -> dict[str, Any]:
+        return {**COMMON, **METHODS[method], "seed": self.seed}
 
     def row(self, method: str) -> tuple[Path, dict[str, Any]]:
         """The run's file, and what it cost, the painting of pictures included."""
-        settings = {**COMMON, **METHODS[method], "seed": self.seed}
-        minutes = 0.0
-        data = self.taught()
+        settings, minutes = self.settings(method), 0.0
+        taught = pictures(self.folder / "taught")
+        told = {"data": str(taught)}
         if method == "two rounds":
-            first, spent = self.run("lora", {**COMMON, **METHODS["lora"], "seed": self.seed}, {"data": str(data)})
-            key = [PAINTED, CHOSEN, TIMES, first.parent.name]
-            data, own = self.made("own", key, lambda folder: own_pictures(self.taught(), first, self.word, folder))
-            minutes += spent + own
-        told = {"data": str(data)}
+            first, spent = self.run("lora", self.settings("lora"), told)
+            key, make = (
+                [PAINTED, CHOSEN, self.times, first.parent.name],
+                partial(own_pictures, taught, first, self.word),
+            )
+            own, painting = self.made("own", key, partial(make, self.times))
+            told = {"data": str(own)}
+            minutes += spent + painting
         if settings["method"] == "dreambooth":
             kept, spent = self.made("kept", [OTHERS, STARS], kept_pictures)
             told["class_data"] = str(kept)
@@ -362,9 +371,6 @@ class Parts:
             "bytes": result.stat().st_size,
             "threads": torch.get_num_threads(),
         }
-
-    def taught(self) -> Path:
-        return pictures(self.folder / "taught")
 
     def run(self, label: str, settings: dict[str, Any], told: dict[str, str]) -> tuple[Path, float]:
         words = {} if settings["method"] == "textual-inversion" else {"words": str(self.word)}
@@ -412,6 +418,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--folder", type=Path, default=Path("concept"))
     parser.add_argument("--set", nargs="*", type=_setting, default=[], help="name=value, of the last of two rounds")
+    parser.add_argument("--times", type=int, default=2, help="how often the last of two rounds is shown the 12")
     options = parser.parse_args()
     METHODS["two rounds"] |= dict(options.set)
     wanted = new_prompts(options.prompts)
@@ -428,7 +435,7 @@ def main() -> None:
     }  # fmt: skip
     before = figures["before"]
     print(f"before: old {before:.1%}, control {figures['control']['found']:.1%}", flush=True)
-    parts = Parts(options.folder, word, model_hash, options.seed)
+    parts = Parts(options.folder, word, model_hash, options.seed, options.times)
     for method in options.methods:
         result, made = parts.row(method)
         cascade = stage_one(method, result, word)
