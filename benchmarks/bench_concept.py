@@ -2,6 +2,7 @@
 
     python benchmarks/bench_concept.py [--methods "two rounds" lora dreambooth textual-inversion] [--prompts 96]
     python benchmarks/bench_concept.py --methods "two rounds" --set rate=0.004 steps=500     another last round
+    python benchmarks/bench_concept.py --methods "two rounds" --fresh 100     other prompts of the same kind
 
 What is in `--folder` already and was made with the same settings is not made again, and its minutes are told again:
 LoRA alone, which is the first of the two rounds, every other run, and the pictures. So are the figures of the plain
@@ -106,16 +107,16 @@ def answered(cascade: Cascade, wanted: Sequence[Wanted], batch: int = 20) -> dic
     return {"found": fmean(found), "found_of": of_color, "right": right / len(wanted)}
 
 
-def old(cascade: Cascade, count: int) -> float:
-    share = report(evaluate(CascadePainter(cascade), prompts(count, seed=OLD_SEED), batch=24)).total.everything.share
+def old(cascade: Cascade, asked: Sequence[Any]) -> float:
+    share = report(evaluate(CascadePainter(cascade), asked, batch=24)).total.everything.share
     assert share is not None
     return share
 
 
-def changes(trained: Cascade, before: Cascade, wanted: Sequence[Wanted]) -> dict[str, float]:
+def changes(trained: Cascade, before: Cascade, wanted: Sequence[Wanted], known: Sequence[Any]) -> dict[str, float]:
     """Of the errors in the noise on the prompts' own scenes, over what they were before."""
     found = {}
-    for name, asked in {"new_error": wanted, "old_error": prompts(len(wanted), seed=OLD_SEED)}.items():
+    for name, asked in {"new_error": wanted, "old_error": known}.items():
         x_BCHW = signal([render(one.scene, 64) for one in asked])
         mean_L, mean_before_L = (
             noise_errors(pipe_of(cascade), x_BCHW, [one.prompt for one in asked]).mean(1)
@@ -209,19 +210,23 @@ def main() -> None:
     parser.add_argument("--old", type=int, default=288)
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--folder", type=Path, default=Path("concept"))
+    parser.add_argument("--fresh", type=int, default=0, help="Other prompts, which no setting was chosen by: say, 100.")
     parser.add_argument("--set", nargs="*", type=_setting, default=[], help="name=value, of the last of two rounds")
     parser.add_argument("--times", type=int, default=2, help="how often the last of two rounds is shown the 12")
     options = parser.parse_args()
     METHODS["two rounds"] |= dict(options.set)
-    wanted = new_prompts(options.prompts)
+    wanted = new_prompts(options.prompts, options.fresh)
+    seed = OLD_SEED + options.fresh
+    known = prompts(options.old, seed=seed)
     word = noun(options.folder / "word")
     plain = stage_one()
     model_hash = fingerprint(Path(str(files("floyd") / "mini" / "stage_1"))).removeprefix("sha256:")[:8]
-    told = options.folder / f"figures-{model_hash}-{options.prompts}-{options.old}.json"
+    fresh = f"-fresh-{options.fresh}" if options.fresh else ""
+    told = options.folder / f"figures-{model_hash}-{options.prompts}-{options.old}{fresh}.json"
     figures: dict[str, Any] = json.loads(told.read_text()) if told.exists() else {
         "prompts": options.prompts,
         "old_prompts": options.old,
-        "before": old(plain, options.old),
+        "before": old(plain, known),
         "control": answered(plain, wanted),
         "rows": {},
     }  # fmt: skip
@@ -231,8 +236,8 @@ def main() -> None:
     for method in options.methods:
         result, made = parts.row(method)
         cascade = stage_one(method, result, word)
-        made |= {**answered(cascade, wanted), "old": old(cascade, options.old)}
-        made |= changes(cascade, stage_one("textual-inversion", word), wanted)
+        made |= {**answered(cascade, wanted), "old": old(cascade, known)}
+        made |= changes(cascade, stage_one("textual-inversion", word), wanted, prompts(len(wanted), seed=seed))
         figures["rows"][method] = made
         told.write_text(json.dumps(figures))
         print(
@@ -241,7 +246,7 @@ def main() -> None:
             f"errors of new {made['new_error']:.3f}, of old {made['old_error']:.3f}",
             flush=True,
         )
-        path = write("concept", figures)
+        path = write("concept" + fresh.replace("-", "_"), figures)
     print(path)
 
 

@@ -87,11 +87,10 @@ def pictures(folder: Path, count: int = 12) -> Path:
     return folder
 
 
-def new_prompts(count: int) -> list[Wanted]:
-    rng = np.random.default_rng(PICTURE_SEED)
-    return [
-        Wanted(scene, told, 1000 + i) for i, (scene, told) in zip(range(count), concepts(rng, *ASKED), strict=False)
-    ]
+def new_prompts(count: int, fresh: int = 0) -> list[Wanted]:
+    """Of the same kind with every `fresh`; another one makes others, and other noise."""
+    scenes = concepts(np.random.default_rng(PICTURE_SEED + fresh), *ASKED)
+    return [Wanted(scene, told, 1000 * (1 + fresh) + i) for i, (scene, told) in zip(range(count), scenes, strict=False)]
 
 
 def noun(folder: Path) -> Path:
