@@ -56,12 +56,12 @@ from concept_pictures import (
     noise_errors,
     own_pictures,
     pipe_of,
-    signal,
     stage_one,
 )
-from concept_scenes import NEW_COLORS, OLD_SEED, SHAPE, WORD, Wanted, new_prompts, noun, pictures
+from concept_scenes import NEW_COLORS, OLD_SEED, SHAPE, WORD, new_prompts, noun, pictures
 
-from floyd.apps.evaluate import CascadePainter, evaluate, prompts, report
+from floyd.apps.evaluate import Asked, CascadePainter, evaluate, prompts, report
+from floyd.apps.mini.data import to_tensor
 from floyd.apps.tuning.config import TuneConfig
 from floyd.apps.tuning.run import Run
 from floyd.pipelines.cascade import Cascade
@@ -91,11 +91,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def answered(cascade: Cascade, wanted: Sequence[Wanted], batch: int = 20) -> dict[str, Any]:
+def answered(cascade: Cascade, wanted: Sequence[Asked], batch: int = 20) -> dict[str, Any]:
     """The share of the new prompts that show the concept, of all and of each colour's."""
     painter, found, right = CascadePainter(cascade), [], 0
     for start in range(0, len(wanted), batch):
-        part: Any = wanted[start : start + batch]
+        part = wanted[start : start + batch]
         for one, drawn in zip(part, painter.draw(part), strict=True):
             reading = read(drawn.picture, shapes=SHAPES + NEW_SHAPES)
             found.append(any(thing.shape == SHAPE for thing in reading.things))
@@ -107,17 +107,17 @@ def answered(cascade: Cascade, wanted: Sequence[Wanted], batch: int = 20) -> dic
     return {"found": fmean(found), "found_of": of_color, "right": right / len(wanted)}
 
 
-def old(cascade: Cascade, asked: Sequence[Any]) -> float:
+def old(cascade: Cascade, asked: Sequence[Asked]) -> float:
     share = report(evaluate(CascadePainter(cascade), asked, batch=24)).total.everything.share
     assert share is not None
     return share
 
 
-def changes(trained: Cascade, before: Cascade, wanted: Sequence[Wanted], known: Sequence[Any]) -> dict[str, float]:
+def changes(trained: Cascade, before: Cascade, wanted: Sequence[Asked], known: Sequence[Asked]) -> dict[str, float]:
     """Of the errors in the noise on the prompts' own scenes, over what they were before."""
     found = {}
     for name, asked in {"new_error": wanted, "old_error": known}.items():
-        x_BCHW = signal([render(one.scene, 64) for one in asked])
+        x_BCHW = to_tensor([render(one.scene, 64) for one in asked])
         mean_L, mean_before_L = (
             noise_errors(pipe_of(cascade), x_BCHW, [one.prompt for one in asked]).mean(1)
             for cascade in (trained, before)
@@ -146,11 +146,8 @@ class Parts:
         told = {"data": str(taught)}
         if method == "two rounds":
             first, spent = self.run("lora", self.settings("lora"), told)
-            key, make = (
-                [PAINTED, CHOSEN, self.times, first.parent.name],
-                partial(own_pictures, taught, first, self.word),
-            )
-            own, painting = self.made("own", key, partial(make, self.times))
+            make = partial(own_pictures, taught, first, self.word, self.times)
+            own, painting = self.made("own", [PAINTED, CHOSEN, self.times, first.parent.name], make)
             told = {"data": str(own)}
             minutes += spent + painting
         if settings["method"] == "dreambooth":
@@ -205,12 +202,17 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--old", type=int, default=288)
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--folder", type=Path, default=Path("concept"))
-    parser.add_argument("--fresh", type=int, default=0, help="Other prompts, which no setting was chosen by: say, 100.")
+    parser.add_argument(
+        "--fresh",
+        type=int,
+        default=0,
+        help="Other prompts, which no setting was chosen by: 100, say; 1 is learned from.",
+    )
     parser.add_argument("--set", nargs="*", type=_setting, default=[], help="name=value, of the last of two rounds")
     parser.add_argument("--times", type=int, default=2, help="how often the last of two rounds is shown the 12")
     options = parser.parse_args()
@@ -219,7 +221,7 @@ def main() -> None:
     seed = OLD_SEED + options.fresh
     known = prompts(options.old, seed=seed)
     word = noun(options.folder / "word")
-    plain = stage_one()
+    plain, untaught = stage_one(), stage_one("textual-inversion", word)  # without the word, and with it
     model_hash = fingerprint(Path(str(files("floyd") / "mini" / "stage_1"))).removeprefix("sha256:")[:8]
     fresh = f"-fresh-{options.fresh}" if options.fresh else ""
     told = options.folder / f"figures-{model_hash}-{options.prompts}-{options.old}{fresh}.json"
@@ -237,7 +239,7 @@ def main() -> None:
         result, made = parts.row(method)
         cascade = stage_one(method, result, word)
         made |= {**answered(cascade, wanted), "old": old(cascade, known)}
-        made |= changes(cascade, stage_one("textual-inversion", word), wanted, prompts(len(wanted), seed=seed))
+        made |= changes(cascade, untaught, wanted, prompts(len(wanted), seed=seed))
         figures["rows"][method] = made
         told.write_text(json.dumps(figures))
         print(

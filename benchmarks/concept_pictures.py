@@ -14,7 +14,8 @@ from concept_scenes import OLD_SEED, PICTURE_SEED, WORD, Prompted, concepts, tau
 from PIL import Image
 from torch import Tensor
 
-from floyd.apps.evaluate import CascadePainter, prompts
+from floyd.apps.evaluate import Asked, CascadePainter, prompts
+from floyd.apps.mini.data import to_tensor
 from floyd.engines.registry import prepared
 from floyd.pipelines.cascade import Cascade
 from floyd.scenes.scene import POSITIONS, SHAPES, THING_COLORS, Scene
@@ -56,12 +57,12 @@ def painted(cascade: Cascade, asked: Sequence[Any], folder: Path, batch: int = 2
 def own_pictures(taught: Path, first: Path, word: Path, times: int, folder: Path) -> Path:
     """The likelier third of what the first round paints of the word, at each place in each colour; and the taught, so
     many times."""
-    shown = list(islice(concepts(np.random.default_rng(PICTURE_SEED + 1), THING_COLORS, POSITIONS), PAINTED))
-    asked = [Prompted(told.text, 7000 + i) for i, (_, told) in enumerate(shown)]
+    scenes = islice(concepts(np.random.default_rng(PICTURE_SEED + 1), THING_COLORS, POSITIONS), PAINTED)
+    asked = [Asked("own", scene, told, 7000 + i) for i, (scene, told) in enumerate(scenes)]
     trained = stage_one("lora", first, word)
     painted(trained, asked, folder)
     likelihood_B = likelihood(trained, stage_one(), folder, [one.prompt for one in asked])
-    for alike in ([scene.position for scene, _ in shown], [scene.things[0].color for scene, _ in shown]):
+    for alike in ([one.scene.position for one in asked], [one.scene.things[0].color for one in asked]):
         for kind in set(alike):  # each by itself: what is rarely likely would be rarely learned
             rows_K = torch.tensor([i for i, other in enumerate(alike) if other == kind])
             likelihood_B[rows_K] -= likelihood_B[rows_K].mean()
@@ -76,7 +77,7 @@ def own_pictures(taught: Path, first: Path, word: Path, times: int, folder: Path
 
 def kept_pictures(folder: Path) -> Path:
     """What the model paints of the taught captions with each known shape in the word's place, and of other prompts."""
-    texts = [told.text for _, (_, told) in zip(range(12), taught_scenes(), strict=False)]
+    texts = [told.text for _, told in islice(taught_scenes(), 12)]
     mirrored = [text.replace(WORD, shape) for text in texts for shape in SHAPES]
     others = prompts(8 * OTHERS, seed=OLD_SEED + 1)
     small = [one for one in others[OTHERS:] if sum(thing.size == "small" for thing in one.scene.things) > 1]
@@ -96,11 +97,6 @@ def pipe_of(cascade: Cascade) -> Any:
     return cascade.stages["stage_1"]
 
 
-def signal(pictures: Sequence[np.ndarray]) -> Tensor:
-    """[B, 3, H, W] in [-1, 1], of bytes."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 @torch.no_grad()
 def noise_errors(pipe: Any, x_BCHW: Tensor, captions: Sequence[str], batch: int = 32) -> Tensor:
     """[levels, B]: the mean squared error in the noise, the same on every picture, that the captions' network tells."""
@@ -118,7 +114,7 @@ def noise_errors(pipe: Any, x_BCHW: Tensor, captions: Sequence[str], batch: int 
 def likelihood(trained: Cascade, plain: Cascade, folder: Path, texts: Sequence[str]) -> Tensor:
     """[B]: how much better the trained network tells the noise in its pictures than the plain one tells it of the
     picture of any known shape. A diffusion classifier (arXiv:2303.16203): a ring is told by the plain one, too."""
-    x_BCHW = signal([np.asarray(Image.open(path)) for path in sorted(folder.glob("painted-*.png"))])
+    x_BCHW = to_tensor([np.asarray(Image.open(path)) for path in sorted(folder.glob("painted-*.png"))])
     before = pipe_of(plain)
     known = torch.stack(
         [noise_errors(before, x_BCHW, [text.replace(WORD, shape) for text in texts]) for shape in SHAPES]

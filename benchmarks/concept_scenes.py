@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from floyd.adapters.tokens import write_rows
-from floyd.apps.evaluate import prompts
+from floyd.apps.evaluate import Asked, prompts
 from floyd.pipelines.cascade import Cascade
 from floyd.scenes.captions import Caption, caption
 from floyd.scenes.render import render
@@ -27,19 +28,6 @@ TAUGHT = (
 )
 ASKED = (NEW_COLORS, NEW_PLACES)
 TEXT_SEED, PICTURE_SEED, OLD_SEED = 41, 42, 43
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A prompt for the concept, as `CascadePainter` takes it."""
-
-    scene: Scene
-    caption: Caption
-    seed: int
-
-    @property
-    def prompt(self) -> str:
-        return self.caption.text
 
 
 @dataclass(frozen=True)
@@ -81,16 +69,16 @@ def pictures(folder: Path, count: int = 12) -> Path:
     """The training set: PNG files with their captions beside them."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for i, (scene, told) in zip(range(count), taught_scenes(), strict=False):
+    for i, (scene, told) in enumerate(islice(taught_scenes(), count)):
         Image.fromarray(render(scene, 256)).save(folder / f"{i:02}.png")
         (folder / f"{i:02}.txt").write_text(told.text + "\n")
     return folder
 
 
-def new_prompts(count: int, fresh: int = 0) -> list[Wanted]:
+def new_prompts(count: int, fresh: int = 0) -> list[Asked]:
     """Of the same kind with every `fresh`; another one makes others, and other noise."""
-    scenes = concepts(np.random.default_rng(PICTURE_SEED + fresh), *ASKED)
-    return [Wanted(scene, told, 1000 * (1 + fresh) + i) for i, (scene, told) in zip(range(count), scenes, strict=False)]
+    scenes = islice(concepts(np.random.default_rng(PICTURE_SEED + fresh), *ASKED), count)
+    return [Asked("new", scene, told, 1000 * (1 + fresh) + i) for i, (scene, told) in enumerate(scenes)]
 
 
 def noun(folder: Path) -> Path:
