@@ -56,6 +56,22 @@ def test_a_winograd_convolution(
 
 
 @pytest.mark.parametrize("tile", [2, 4])
+def test_however_a_kernel_lies_in_memory_it_is_packed_alike(compiled: Kernels, tile: int) -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(19, 24, 3, padding=1).requires_grad_(False)
+    plain = Weights(compiled).conv3(conv, (19,), 0.5, tile)
+    assert plain.any()
+    for laid in (
+        conv.weight.contiguous(memory_format=torch.channels_last),  # as a network's that was trained on the CPU
+        conv.weight.transpose(2, 3).contiguous().transpose(2, 3),
+        torch.randn(48, 38, 3, 3)[::2, ::2].copy_(conv.weight),
+    ):
+        assert not laid.is_contiguous()
+        conv.weight = torch.nn.Parameter(laid, requires_grad=False)
+        assert torch.equal(Weights(compiled).conv3(conv, (19,), 0.5, tile), plain)
+
+
+@pytest.mark.parametrize("tile", [2, 4])
 def test_doubling_and_convolving_at_once(compiled: Kernels, tile: int) -> None:
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(16, 32, 3, padding=1).requires_grad_(False)

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from torch import Tensor
+
 from floyd.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -79,22 +81,28 @@ class Kernels:
 
     def pack_conv3(
         self,
-        weight: int,
-        outs: int,
-        ins: int,
-        place: int,
+        weight_DC33: Tensor,
+        packed: Tensor,
+        *,
+        tile: int,
         channels: int,
         out_channels: int,
+        place_C: Tensor,
         factor: float,
-        tile: int,
-        packed: int,
         threads: int,
     ) -> None:
-        """Addresses of a [outs, ins, 3, 3] kernel, of where each input channel lies, and of zeros to be filled."""
+        """A kernel times `factor`, transformed for tiles of 2 x 2 or 4 x 4 pixels of maps so wide, into zeros.
+
+        `place_C`, int32: where each channel that is read lies.
+        """
+        if weight_DC33.stride(2) != 3 * weight_DC33.stride(3):
+            weight_DC33 = weight_DC33.contiguous()
         long, pointer = ctypes.c_int64, ctypes.c_void_p
         self._pack(
-            pointer(weight), long(outs), long(ins), pointer(place), long(channels), long(out_channels),
-            ctypes.c_double(factor), long(tile), pointer(packed), ctypes.c_int32(threads),
+            pointer(weight_DC33.data_ptr()), *(long(weight_DC33.stride(axis)) for axis in (0, 1, 3)),
+            *(long(size) for size in weight_DC33.shape[:2]), pointer(place_C.data_ptr()), long(channels),
+            long(out_channels), ctypes.c_float(factor), long(tile), pointer(packed.data_ptr()),
+            ctypes.c_int32(threads),
         )  # fmt: skip
 
 

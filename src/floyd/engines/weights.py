@@ -104,13 +104,12 @@ class Weights:
     def conv3(self, conv: nn.Conv2d, segments: Segments, factor: float, tile: int) -> Tensor:
         """A 3 x 3 kernel, transformed for tiles of 2 x 2 or 4 x 4 pixels."""
         rows, columns = width(segments), padded(conv.out_channels)
-        place_K = places(segments).to(torch.int32)
+        place_C = places(segments).to(torch.int32)
 
         def fill(tensor: Tensor) -> None:
-            weight = conv.weight.detach().contiguous()
             self.kernels.pack_conv3(
-                weight.data_ptr(), weight.shape[0], weight.shape[1], place_K.data_ptr(), rows, columns, factor, tile,
-                tensor.data_ptr(), torch.get_num_threads(),
+                conv.weight.detach(), tensor, tile=tile, channels=rows, out_channels=columns, place_C=place_C,
+                factor=factor, threads=torch.get_num_threads(),
             )  # fmt: skip
 
         return self._kept(

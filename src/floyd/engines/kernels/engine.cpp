@@ -82,10 +82,11 @@ void floyd_run(const Op* ops, int64_t count, float* work, int32_t threads, doubl
   }
 }
 
-void floyd_pack_conv3(const float* weight, int64_t outs, int64_t ins, const int32_t* place, int64_t channels,
-                      int64_t out_channels, double factor, int64_t tile, float* packed, int32_t threads) {
+void floyd_pack_conv3(const float* weight, int64_t out_stride, int64_t in_stride, int64_t tap_stride, int64_t outs,
+                      int64_t ins, const int32_t* place, int64_t channels, int64_t out_channels, float factor,
+                      int64_t tile, float* packed, int32_t threads) {
   const auto pack = tile == Two::OUT ? pack_conv3<Two> : pack_conv3<Four>;
-  pack(weight, outs, ins, place, channels, out_channels, factor, packed, threads);
+  pack({weight, out_stride, in_stride, tap_stride}, outs, ins, place, channels, out_channels, factor, packed, threads);
 }
 
 int64_t floyd_norm_bytes() { return sizeof(Norm); }

@@ -9,8 +9,17 @@ namespace floyd {
 // F(4 x 4, 3 x 3), for the points 0, +-1, +-2: 36 products for 16 pixels.
 struct Four {
   static constexpr int OUT = 4, POINTS = 6;
-  static constexpr double G[6][3] = {{1 / 4., 0, 0},          {-1 / 6., -1 / 6., -1 / 6.}, {-1 / 6., 1 / 6., -1 / 6.},
-                                     {1 / 24., 1 / 12., 1 / 6.}, {1 / 24., -1 / 12., 1 / 6.}, {0, 0, 1}};
+
+  static inline void kernel_to_points(const vec* g, vec* out, int step) {  // G g
+    vec even = (g[0] + g[2]) * (-1 / 6.0f), odd = g[1] * (1 / 6.0f);
+    out[0] = g[0] * 0.25f;
+    out[step] = even - odd;
+    out[2 * step] = even + odd;
+    even = g[0] * (1 / 24.0f) + g[2] * (1 / 6.0f), odd = g[1] * (1 / 12.0f);
+    out[3 * step] = even + odd;
+    out[4 * step] = even - odd;
+    out[5 * step] = g[2];
+  }
 
   static inline void to_points(const vec* d, vec* out, int step) {  // B^T d
     out[0] = d[0] * 4.0f + (d[4] - d[2] * 5.0f);
@@ -36,7 +45,14 @@ struct Four {
 // map waits for.
 struct Two {
   static constexpr int OUT = 2, POINTS = 4;
-  static constexpr double G[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+
+  static inline void kernel_to_points(const vec* g, vec* out, int step) {
+    const vec even = (g[0] + g[2]) * 0.5f, odd = g[1] * 0.5f;
+    out[0] = g[0];
+    out[step] = even + odd;
+    out[2 * step] = even - odd;
+    out[3 * step] = g[2];
+  }
 
   static inline void to_points(const vec* d, vec* out, int step) {
     out[0] = d[0] - d[2];
@@ -223,26 +239,38 @@ static inline void conv(const Op& op, float* work, int threads) {
   }
 }
 
-// G w G^T of a [out, in, 3, 3] kernel into [products][panel][channels][PANEL]; `place`: where an input channel lies.
+// A 3 x 3 kernel in memory: how far from one output channel, input channel, and tap to the next.
+struct Taps {
+  const float* first;
+  int64_t out_stride, in_stride, tap_stride;
+  vec at(int64_t out, int64_t in, int tap, int64_t count) const {  // of `count` output channels
+    const float* from = first + out * out_stride + in * in_stride + tap * tap_stride;
+    vec value{};
+    for (int64_t i = 0; i < count; i++) value[i] = from[i * out_stride];
+    return value;
+  }
+};
+
+// G w G^T into [products][panel][channels][PANEL]; `place`: where an input channel lies.
 template <class F>
-static inline void pack_conv3(const float* w, int64_t outs, int64_t ins, const int32_t* place, int64_t channels,
-                              int64_t out_channels, double factor, float* packed, int threads) {
+static inline void pack_conv3(const Taps& taps, int64_t outs, int64_t ins, const int32_t* place, int64_t channels,
+                              int64_t out_channels, float factor, float* packed, int threads) {
+  constexpr int N = F::POINTS;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t block = 0; block < outs; block += PANEL)
+  for (int64_t block = 0; block < outs; block += PANEL) {
+    const int64_t width = std::min<int64_t>(PANEL, out_channels - block);
     for (int64_t i = 0; i < ins; i++)
-      for (int64_t o = block; o < std::min(outs, block + PANEL); o++) {
-        const float* kernel = w + (o * ins + i) * 9;
-        const int64_t width = std::min<int64_t>(PANEL, out_channels - block);
+      for (int64_t o = block; o < std::min(outs, block + width); o += LANES) {
+        vec kernel[9], half[3 * N], out[N];
+        for (int tap = 0; tap < 9; tap++) kernel[tap] = taps.at(o, i, tap, std::min<int64_t>(LANES, outs - o)) * factor;
+        for (int y = 0; y < 3; y++) F::kernel_to_points(kernel + 3 * y, half + y, 3);  // half: [x][y]
         float* to = packed + block * channels + place[i] * width + (o - block);
-        for (int y = 0; y < F::POINTS; y++) {
-          double half[3];
-          for (int x = 0; x < 3; x++)
-            half[x] = factor * (F::G[y][0] * kernel[x] + F::G[y][1] * kernel[3 + x] + F::G[y][2] * kernel[6 + x]);
-          for (int x = 0; x < F::POINTS; x++)
-            to[(y * F::POINTS + x) * channels * out_channels] =
-                static_cast<float>(F::G[x][0] * half[0] + F::G[x][1] * half[1] + F::G[x][2] * half[2]);
+        for (int x = 0; x < N; x++) {
+          F::kernel_to_points(half + 3 * x, out, 1);
+          for (int y = 0; y < N; y++) store(to + (y * N + x) * channels * out_channels, out[y]);
         }
       }
+  }
 }
 
 }  // namespace floyd
