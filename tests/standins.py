@@ -1,8 +1,9 @@
-"""What the docs ask for and a test machine does not have: the web, bitsandbytes, a compiler, a GPU."""
+"""What the docs ask for and a test machine does not have: the web, bitsandbytes, a compiler, a GPU, patience."""
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +16,25 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from floyd.diffusion.engine import Step
+from floyd.diffusion.samplers import Sampler
+from floyd.pipelines.options import Options
+from floyd.pipelines.painter import Painter
 from floyd.store import weights
+
+_MANY, _FEW = 50, 10  # steps
+
+
+def take_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten, where a call is told fifty or more, or nothing: of these networks they are noise all the same."""
+    steps_for = Painter.steps_for
+
+    def fewer(self: Painter, options: Options, strength: float = 1.0) -> tuple[Sampler, tuple[Step, ...]]:
+        if options.timesteps is None and options.num_inference_steps >= _MANY:
+            options = replace(options, num_inference_steps=_FEW)
+        return steps_for(self, options, strength)
+
+    monkeypatch.setattr(Painter, "steps_for", fewer)
 
 
 def serve_pictures(monkeypatch: pytest.MonkeyPatch) -> list[str]:

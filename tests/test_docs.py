@@ -1,7 +1,7 @@
 """Every Python block of the README and the docs runs, in order, a page at a time, and what their tables say holds.
 
 Hub ids mean the tiny checkpoints of `tests/hub_cache.py`. There is no network; the addresses of pictures, bitsandbytes
-and a compiler have stand-ins.
+and a compiler have stand-ins, and many steps a few.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def blocks(page: Path) -> Iterator[tuple[int, str]]:
 def test_the_blocks_of_a_page_run_one_after_the_other(
     page: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    standins.take_fewer_steps(monkeypatch)
     standins.serve_pictures(monkeypatch)
     standins.quantize_without_bitsandbytes(monkeypatch)
     standins.compile_without_a_compiler(monkeypatch)

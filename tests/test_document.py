@@ -2,7 +2,7 @@
 its slips mended (a doubled keyword, a missing import, an argument that transformers no longer takes).
 
 The checkpoints are tiny ones under the real ids, the machine has no network, no GPU and perhaps no bitsandbytes. Where
-the page says float16, float32 stands on a processor that would take minutes to emulate it.
+the page says float16, float32 stands on a processor that would take minutes to emulate it. Many steps are a few.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ from floyd.runtime.machine import computes_in
 HALF = torch.float16 if computes_in(torch.float16, torch.device("cpu")) else torch.float32
 
 pytestmark = pytest.mark.usefixtures("published")
+
+
+@pytest.fixture
+def fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    standins.take_fewer_steps(monkeypatch)
+
 
 KANGAROO = (
     "a photo of a kangaroo wearing an orange hoodie and blue sunglasses standing in front of the eiffel tower holding "
@@ -57,6 +63,7 @@ def is_painted(picture: Image.Image, width: int, height: int) -> bool:
     return picture.size == (width, height) and float(np.asarray(picture).std()) > 2
 
 
+@pytest.mark.usefixtures("fewer_steps")
 def test_text_to_image() -> None:
     from floyd import DiffusionPipeline
     from floyd.utils import make_image_grid, pt_to_pil
@@ -90,6 +97,7 @@ def test_text_to_image() -> None:
     assert stage_1.safety_checker is stage_3.safety_checker
 
 
+@pytest.mark.usefixtures("fewer_steps")
 def test_text_guided_image_to_image(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = standins.serve_pictures(monkeypatch)
     from floyd import IFImg2ImgPipeline, IFImg2ImgSuperResolutionPipeline
@@ -132,6 +140,7 @@ def test_text_guided_image_to_image(monkeypatch: pytest.MonkeyPatch) -> None:
         assert is_painted(picture, side * 3 // 2, side), "a picture of 3:2 keeps its shape"
 
 
+@pytest.mark.usefixtures("fewer_steps")
 def test_text_guided_inpainting(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = standins.serve_pictures(monkeypatch)
     from floyd import IFInpaintingPipeline, IFInpaintingSuperResolutionPipeline
@@ -280,6 +289,7 @@ def test_t5_in_8_bits_without_bitsandbytes_names_it() -> None:
         eight_bit_t5()
 
 
+@pytest.mark.usefixtures("fewer_steps")
 def test_little_main_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     standins.quantize_without_bitsandbytes(monkeypatch)
     from floyd import DiffusionPipeline, IFPipeline, IFSuperResolutionPipeline

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -62,6 +63,7 @@ _PUBLISHED: dict[str, tuple[str, str]] = {
 KNOWN_IDS = tuple(_PUBLISHED)
 
 
+@cache
 def known(model_id: str) -> DescribedPipeline | None:
     """A published pipeline by its id on the hub."""
     if model_id not in _PUBLISHED:

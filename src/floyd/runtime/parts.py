@@ -101,8 +101,7 @@ class Part:
         """Of the largest quantized weight, as it stands while it is computed with."""
         if precision.quantization is None:
             return 0
-        own = [prod(w.shape) for w in self.weights if w.is_quantizable and len(w.shape) > 1]
-        return max(own, default=0) * ITEM_BYTES[precision.dtype]
+        return self._largest * ITEM_BYTES[precision.dtype]
 
     def copied_bytes(self, precision: Precision) -> int:
         """Of weights that are laid out anew for many steps; quantized ones are not."""
@@ -117,6 +116,11 @@ class Part:
     @cached_property
     def num_weights(self) -> int:
         return sum(prod(weight.shape) for weight in self.weights)
+
+    @cached_property
+    def _largest(self) -> int:
+        """Numbers of the largest weight that can be quantized."""
+        return max((prod(w.shape) for w in self.weights if w.is_quantizable and len(w.shape) > 1), default=0)
 
     @cached_property
     def _sizes(self) -> dict[Precision, _Sizes]:
