@@ -29,7 +29,7 @@ LATENT_NOISING: dict[str, Any] = {
     "prediction_type": "epsilon", "trained_betas": None, "variance_type": "fixed_small",
 }  # fmt: skip
 UNET: dict[str, Any] = {
-    "act_fn": "gelu", "addition_embed_type": "text", "addition_embed_type_num_heads": 2, "attention_head_dim": 8,
+    "act_fn": "gelu", "addition_embed_type": "text", "addition_embed_type_num_heads": 2, "attention_head_dim": 16,
     "block_out_channels": [16, 32], "center_input_sample": False, "class_embed_type": None,
     "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3, "cross_attention_dim": 32,
     "cross_attention_norm": "group_norm", "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"],

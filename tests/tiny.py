@@ -198,7 +198,7 @@ _DEEPFLOYD: dict[str, Any] = {
     "act_fn": "gelu",
     "addition_embed_type": "text",
     "addition_embed_type_num_heads": 2,
-    "attention_head_dim": 8,
+    "attention_head_dim": 16,
     "block_out_channels": (32, 64),
     "cross_attention_dim": 32,
     "cross_attention_norm": "group_norm",
