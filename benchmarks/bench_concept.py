@@ -81,8 +81,8 @@ COMMON: dict[str, Any] = {"caption_dropout": 0.0, "warmup": 10, "last_rate": 0.0
 LORA: dict[str, Any] = {"rate": 6e-3, "rank": 6, "alpha": 8.0, "targets": LAYERS}
 METHODS: dict[str, dict[str, Any]] = {
     "two rounds": {
-        **LORA, "rank": 7, "alpha": 9.3, "method": "dreambooth", "steps": 1200, "batch": 16,
-        "weight_decay": 0.2, "prior": "network", "prior_weight": 8.0, "class_dropout": 0.12,
+        **LORA, "rank": 7, "alpha": 9.3, "method": "dreambooth", "steps": 1600, "batch": 16,
+        "weight_decay": 0.2, "prior": "network", "prior_weight": 6.0, "class_dropout": 0.12,
     },
     "lora": {**LORA, "method": "lora", "rate": 4e-3, "steps": 600, "batch": 12},
     "dreambooth": {**LORA, "method": "dreambooth", "steps": 400, "batch": 16, "prior_weight": 2.0},
