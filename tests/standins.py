@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from floyd.diffusion.engine import Step
 from floyd.diffusion.samplers import Sampler
+from floyd.diffusion.timesteps import Step
 from floyd.pipelines.options import Options
 from floyd.pipelines.painter import Painter
 from floyd.store import weights

@@ -1,6 +1,8 @@
 """The C++ kernels: compiled on first use for the processor at hand, kept in the user's cache, called through ctypes.
 
 Needed is a C++17 compiler (`$CXX`, or c++, g++ or clang++ on the path), once: nothing of torch's headers, no ninja.
+
+K channels that are read  N channels that are written
 """
 
 from __future__ import annotations
@@ -81,26 +83,27 @@ class Kernels:
 
     def pack_conv3(
         self,
-        weight_DC33: Tensor,
+        weight_NK33: Tensor,
         packed: Tensor,
         *,
         tile: int,
         channels: int,
         out_channels: int,
-        place_C: Tensor,
+        place_K: Tensor,
         factor: float,
         threads: int,
     ) -> None:
-        """A kernel times `factor`, transformed for tiles of 2 x 2 or 4 x 4 pixels of maps so wide, into zeros.
+        """A kernel times `factor`, transformed for tiles of `tile` x `tile` pixels (2 or 4: arXiv:1509.09308).
 
-        `place_C`, int32: where each channel that is read lies.
+        `channels`, `out_channels`: of the maps that it reads and writes, padded. `place_K`, int32: where in a row each
+        of the K channels lies. `packed`: [(tile + 2)^2 channels out_channels] zeros, to be filled.
         """
-        if weight_DC33.stride(2) != 3 * weight_DC33.stride(3):
-            weight_DC33 = weight_DC33.contiguous()
+        if weight_NK33.stride(2) != 3 * weight_NK33.stride(3):
+            weight_NK33 = weight_NK33.contiguous()
         long, pointer = ctypes.c_int64, ctypes.c_void_p
         self._pack(
-            pointer(weight_DC33.data_ptr()), *(long(weight_DC33.stride(axis)) for axis in (0, 1, 3)),
-            *(long(size) for size in weight_DC33.shape[:2]), pointer(place_C.data_ptr()), long(channels),
+            pointer(weight_NK33.data_ptr()), *(long(weight_NK33.stride(axis)) for axis in (0, 1, 3)),
+            *(long(size) for size in weight_NK33.shape[:2]), pointer(place_K.data_ptr()), long(channels),
             long(out_channels), ctypes.c_float(factor), long(tile), pointer(packed.data_ptr()),
             ctypes.c_int32(threads),
         )  # fmt: skip

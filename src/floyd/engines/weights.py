@@ -104,11 +104,11 @@ class Weights:
     def conv3(self, conv: nn.Conv2d, segments: Segments, factor: float, tile: int) -> Tensor:
         """A 3 x 3 kernel, transformed for tiles of 2 x 2 or 4 x 4 pixels."""
         rows, columns = width(segments), padded(conv.out_channels)
-        place_C = places(segments).to(torch.int32)
+        place_K = places(segments).to(torch.int32)
 
         def fill(tensor: Tensor) -> None:
             self.kernels.pack_conv3(
-                conv.weight.detach(), tensor, tile=tile, channels=rows, out_channels=columns, place_C=place_C,
+                conv.weight.detach(), tensor, tile=tile, channels=rows, out_channels=columns, place_K=place_K,
                 factor=factor, threads=torch.get_num_threads(),
             )  # fmt: skip
 

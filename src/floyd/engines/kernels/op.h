@@ -1,4 +1,4 @@
-// What Python hands over: a step of the network as a list of these, mirrored field by field in program.py.
+// What Python hands over: a step of the network as a list of these, mirrored field by field in native.py.
 //
 // Activations are [batch, height, width, channels] float32 with channels padded to a multiple of 16; what is padded is 0.
 #pragma once
