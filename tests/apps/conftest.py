@@ -11,12 +11,12 @@ import torch
 from tests import tiny
 from tests.hub_stub import Hub, serving
 
+from floyd import DDIMScheduler, DDPMScheduler
 from floyd.models.unet import UNet2DConditionModel
 from floyd.models.vae import AutoencoderKL
 from floyd.pipelines.cascade import Cascade
 from floyd.pipelines.deepfloyd_if import IFPipeline, IFSuperResolutionPipeline
 from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
-from floyd.schedulers import DDIMScheduler, DDPMScheduler
 
 SIDES = (48, 96, 384)
 PRESETS = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import floyd.pipelines.deepfloyd_if as family
-from floyd.schedulers import DDPMScheduler
+from floyd import DDPMScheduler
 
 MULTIPLE = 8
 TEXT: dict[str, Any] = {

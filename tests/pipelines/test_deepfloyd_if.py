@@ -13,8 +13,8 @@ from tests import tiny
 from tests.pipelines.compare import assert_same, call_both, quietly
 
 import floyd.pipelines.deepfloyd_if as family
+from floyd import DDPMScheduler
 from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
-from floyd.schedulers import DDPMScheduler
 
 PROMPT = "A red circle above the blue square!"
 CLASSES = [getattr(family, name) for name in family.__all__ if name.endswith("Pipeline")]

@@ -11,12 +11,12 @@ from tests.runtime.test_graphs import Tape
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from floyd import EulerAncestralDiscreteScheduler, HeunDiscreteScheduler
 from floyd.pipelines import network
 from floyd.pipelines.cascade import Cascade
 from floyd.pipelines.order import arguments_of
 from floyd.runtime.graphs import Graphed
 from floyd.runtime.switches import Switches
-from floyd.schedulers import EulerAncestralDiscreteScheduler, HeunDiscreteScheduler
 
 MIDDLE = (300, 700)
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import floyd.schedulers
+from floyd import DDIMScheduler, DDPMScheduler
 from floyd.diffusion.limits import Clip, DynamicThreshold
 from floyd.diffusion.timesteps import TABLES, respaced, trailing
 from floyd.errors import ConfigError
-from floyd.schedulers import DDIMScheduler, DDPMScheduler
 
 BOTH = pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler])
 STAGE_I = {

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
+from floyd import DDIMScheduler, DDPMScheduler
 from floyd.diffusion.noise import Noise
 from floyd.diffusion.samplers import Implicit, Prediction
 from floyd.diffusion.timesteps import steps_of
 from floyd.errors import ConfigError
-from floyd.schedulers import DDIMScheduler, DDPMScheduler
 
 X4_CONFIG = {
     "beta_schedule": "scaled_linear",

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
+from floyd import DDPMScheduler
 from floyd.diffusion.noise import Noise
 from floyd.diffusion.samplers import Ancestral, Prediction
 from floyd.diffusion.timesteps import steps_of
 from floyd.errors import ConfigError
-from floyd.schedulers import DDPMScheduler
 
 IF_CONFIG = {
     "beta_schedule": "squaredcos_cap_v2",

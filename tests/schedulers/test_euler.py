@@ -3,16 +3,16 @@ import inspect
 import pytest
 import torch
 
-from floyd.diffusion.limits import Clip, DynamicThreshold
-from floyd.diffusion.noise import Noise
-from floyd.diffusion.samplers import Prediction, Remembering
-from floyd.errors import ConfigError
-from floyd.schedulers import (
+from floyd import (
     DDPMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
+from floyd.diffusion.limits import Clip, DynamicThreshold
+from floyd.diffusion.noise import Noise
+from floyd.diffusion.samplers import Prediction, Remembering
+from floyd.errors import ConfigError
 
 # The incumbent makes numpy arrays of tensors, which newer numpy deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -5,18 +5,18 @@ import math
 import pytest
 import torch
 
-from floyd.diffusion.limits import DynamicThreshold
-from floyd.diffusion.noise import Noise
-from floyd.diffusion.samplers import Prediction
-from floyd.diffusion.timesteps import fast27_timesteps, steps_of
-from floyd.errors import ConfigError
-from floyd.schedulers import (
+from floyd import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from floyd.diffusion.limits import DynamicThreshold
+from floyd.diffusion.noise import Noise
+from floyd.diffusion.samplers import Prediction
+from floyd.diffusion.timesteps import fast27_timesteps, steps_of
+from floyd.errors import ConfigError
 
 # The incumbent makes numpy arrays of tensors, which newer numpy deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

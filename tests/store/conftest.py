@@ -49,8 +49,8 @@ def toy() -> Toy:
 
 
 def same(ours: nn.Module, theirs: nn.Module) -> bool:
-    """Equal weights under equal names."""
-    a, b = ours.state_dict(), theirs.state_dict()
+    """Equal weights under equal names, of which transformers has two for what a T5 looks tokens up in."""
+    a, b = ({k: w for k, w in it.state_dict().items() if k != "encoder.embed_tokens.weight"} for it in (ours, theirs))
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 

@@ -80,7 +80,6 @@ def test_t5_is_quantized_on_load_and_comes_back_from_disk(tmp_path: Path, name: 
     save_component(model, tmp_path / "plain", "text_encoder", max_shard_size="20KB")
     loaded = load_component(tmp_path / "plain", *T5, torch_dtype=dtype, quantization=name)
     reference = quantize(load_component(tmp_path / "plain", *T5), name)
-    assert loaded.shared.weight is loaded.encoder.embed_tokens.weight
     assert loaded.shared.weight.dtype == dtype
     assert not loaded.training
     codes = {key: tensor for key, tensor in loaded.state_dict().items() if key.endswith((".codes", ".scale"))}

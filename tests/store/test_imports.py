@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,6 +73,21 @@ def test_what_others_have_set_aside_stays_so() -> None:
         pass
     assert gc.get_freeze_count() == frozen
     assert generation_of(theirs) is None
+
+
+def test_the_first_step_of_the_built_in_stage_imports_no_more_than_it_needs() -> None:
+    """transformers, and what torch brings to compile, take longer to import than all the rest."""
+    script = """if True:
+        import sys
+        from importlib.resources import files
+        from floyd import IFPipeline
+        pipe = IFPipeline.from_pretrained(str(files("floyd") / "mini" / "stage_1"))
+        pipe("a red circle", num_inference_steps=1, output_type="pt")
+        heavy = ("transformers", "torch._dynamo", "torch.distributed.tensor", "sympy", "huggingface_hub", "peft")
+        print([name for name in heavy if name in sys.modules])
+        """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_command_ends_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,3 +98,20 @@ def test_a_tensor_in_two_shards_is_refused(file: Path, tmp_path: Path) -> None:
     save_file({"number": torch.tensor(1.0)}, other)
     with pytest.raises(CheckpointError, match="repeats number"):
         lazy.of_files([file, other])
+
+
+def test_to_ask_what_there_is_and_how_large_reads_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(lying: lazy.Lying) -> torch.Tensor:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(lazy.Lying, "read", read)
+    state = lazy.of_files([file])
+    renamed = lazy.Renamed(state, {"mine": "number", "other": "torch.float32"})
+    assert "number" in state
+    assert "mine" not in state
+    assert "mine" in renamed
+    assert "number" not in renamed
+    assert (lazy.shape_of(renamed, "other"), lazy.shape_of(renamed, "mine")) == ((3, 5), ())
+    with pytest.raises(AssertionError, match="read"):
+        renamed["mine"]
+    assert lazy.shape_of({"a": torch.ones(2, 3)}, "a") == (2, 3)

@@ -7,8 +7,10 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 from floyd.pipelines.painter import Painter
-from floyd.schedulers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
 from floyd.schedulers.base import Scheduler
+from floyd.schedulers.ddim import DDIMScheduler
+from floyd.schedulers.ddpm import DDPMScheduler
+from floyd.schedulers.euler import EulerAncestralDiscreteScheduler
 
 Quality = Literal["draft", "standard", "quality"]
 

@@ -5,6 +5,7 @@ B images  K all branches' images  C channels  H height  W width  L text tokens  
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,8 @@ class _Told:
 
     def __call__(self, ids_BL: Tensor, *args: Any, **options: Any) -> Any:
         tick()
-        config = self._encoder.config.to_dict()
+        config = self._encoder.config
+        config = config if isinstance(config, Mapping) else config.to_dict()  # ours, or one of transformers
         if not {"d_model", "hidden_size"}.isdisjoint(config):
             flops = len(ids_BL) * encoder_cost(config, num_tokens=ids_BL.shape[1]).flops
             work(flops, Arithmetic(self._device, self._encoder.dtype))

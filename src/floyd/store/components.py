@@ -1,8 +1,7 @@
-"""One component of a pipeline's folder: ours, or transformers' text encoders, tokenizers and image processor."""
+"""One component of a pipeline's folder: ours, or transformers' CLIP text encoder, tokenizer and image processor."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +13,8 @@ from torch import Tensor
 from floyd.errors import CheckpointError
 from floyd.store import layout, lazy, weights
 from floyd.store.files import made, read_json
-from floyd.store.filling import KEY, Quantization, fill, quantization_for, quantizing
+from floyd.store.filling import KEY, Quantization, fill, quantization_for, quantizing, refuse_packed
 from floyd.store.pretrained import Configured, Model, as_dtype, mark_quantized, parameters_on_meta
-from floyd.store.t5 import T5State
 from floyd.store.weights import some
 
 
@@ -90,7 +88,7 @@ def save_component(
     else:  # transformers itself no longer writes pickles, and does not know our layers
         component.config.save_pretrained(path)
         mark_quantized(component, path / "config.json")
-        tied = _tied_keys(component) if safe_serialization else set()
+        tied = getattr(component, "_tied_weights_keys", None) or {}  # those that are another's are stored once
         state = {key: tensor for key, tensor in weights.without_adapters(component).items() if key not in tied}
         weights.write(state, path, base="model", safe_serialization=safe_serialization, **files)
 
@@ -112,18 +110,6 @@ def _check_vocabulary(cls: Any, path: Path) -> None:
         return
     if absent := [name for name in names.values() if not (path / name).is_file()]:
         raise CheckpointError(f"{path} does not hold the files of a {cls.__name__}: it lacks {some(absent)}.")
-    needed = (
-        {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"} if "spiece.model" in names.values() else {}
-    )
-    if missing := [package for package, module in needed.items() if not _is_installed(module)]:
-        raise CheckpointError(f"{path / 'spiece.model'} cannot be read without: pip install {' '.join(missing)}.")
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is absent
-        return False
 
 
 def _load_transformer(
@@ -136,25 +122,18 @@ def _load_transformer(
 ) -> Any:
     """A text encoder, from our own reading of the files, which knows every order of their names.
 
-    T5 is filled one weight after the other, so that it is in memory once, whatever is cast. transformers places the
-    others': it renames old keys. It would draw missing weights at random; here they are an error.
+    transformers places the weights: it renames old keys. It would draw missing ones at random; here they are an error.
     """
     try:
         config = cls.config_class.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} has no readable config.json: {error}") from error
     kept = quantization_for(read_json(path / "config.json"), quantization, path)
-    is_t5 = cls.__name__ == "T5EncoderModel"
-    is_ours = is_t5 or (kept is not None and kept.is_stored)
     files: dict[str, Any] = {"variant": variant, "use_safetensors": use_safetensors}
-    state = lazy.opened(path, **files, is_mapped=kept is None) if is_ours else weights.read(path, **files)
-    if (kept is None or not is_ours) and (packed := _packed(state)):
-        raise CheckpointError(
-            f"{path} is quantized ({some(packed)}): load the plain or fp16 weights and quantize those."
-        )
-    if is_ours:
-        state = T5State(state) if is_t5 else state
-        return built(cls, config, state, dtype, place=str(path), quantization=kept)
+    if kept is not None and kept.is_stored:
+        return _quantized(cls, config, lazy.opened(path, **files, is_mapped=False), dtype, str(path), kept)
+    state = weights.read(path, **files)
+    refuse_packed(state, str(path))
     try:
         options = {"config": config, "state_dict": state, "dtype": dtype, "output_loading_info": True}
         model, report = cls.from_pretrained(None, **options)
@@ -167,37 +146,12 @@ def _load_transformer(
     return model.eval() if quantization is None else quantizing().quantize(model.eval(), quantization)
 
 
-def _packed(state: Mapping[str, Tensor]) -> set[str]:
-    """The keys of weights that somebody else has quantized."""
-    lying: Mapping[str, Any] = state.lying if isinstance(state, lazy.LazyState) else state
-    whole = {torch.int8, torch.uint8}
-    return {key for key, one in lying.items() if one.dtype in whole or key.endswith(".SCB")}
-
-
-def built(
-    cls: Any,
-    config: Any,
-    state: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    *,
-    place: str,
-    quantization: Quantization | None = None,
+def _quantized(
+    cls: Any, config: Any, state: Mapping[str, Tensor], dtype: torch.dtype, place: str, quantization: Quantization
 ) -> Any:
-    """A network of transformers from its weights under today's names, one by one; ties are made here."""
-    if hasattr(config, KEY):
-        delattr(config, KEY)
+    """A network of transformers whose files hold its weights in fewer bits."""
+    delattr(config, KEY)
     with parameters_on_meta():
         model = cls(config)
-    tied = _tied_keys(model)
-    fill(model, state, dtype=dtype, place=place, quantization=quantization, tied=tied)
-    for copy, original in (getattr(model, "_tied_weights_keys", None) or {}).items():
-        if copy in tied:
-            owner, _, name = copy.rpartition(".")
-            setattr(model.get_submodule(owner), name, model.get_parameter(original))
+    fill(model, state, dtype=dtype, place=place, quantization=quantization)
     return model.eval()
-
-
-def _tied_keys(model: Any) -> set[str]:
-    """Of weights that are another's: they are stored once."""
-    present = set(model.state_dict())
-    return {key for key in getattr(model, "_tied_weights_keys", None) or {} if key in present}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from floyd.errors import CheckpointError
-from floyd.store.lazy import Renamed
+from floyd.store.lazy import LazyState, Renamed
 from floyd.store.pages import cast
 from floyd.store.weights import some
 
@@ -59,18 +59,17 @@ def fill(
     dtype: torch.dtype,
     place: str,
     quantization: Quantization | None = None,
-    tied: Collection[str] = (),
 ) -> None:
     """Every weight of the network from the state dict, cast to `dtype`, or kept as `quantization` says.
 
-    Read in the order of the state dict, each once. `tied`: keys that the network fills by itself.
+    Read in the order of the state dict, each once.
     """
     plain = dict(model.state_dict())
     layers = {} if quantization is None else quantizing().prepare(model, quantization.name)
     is_stored = quantization is not None and quantization.is_stored
-    wanted = {key for key in (model.state_dict() if is_stored else plain) if key not in tied}
+    wanted = set(model.state_dict() if is_stored else plain)
     recomputed = {name for name, _ in model.named_buffers()} - wanted
-    keys = [key for key in state if key not in recomputed and key not in tied]
+    keys = [key for key in state if key not in recomputed]
     check_keys(wanted, set(keys), f"{place} does not fit {type(model).__name__}")
     if not is_stored:
         for layer in layers.values():
@@ -78,7 +77,7 @@ def fill(
     wide = getattr(model, "_keep_in_fp32_modules", None) or ()
     pour(model, Renamed(state, {key: key for key in keys}), dtype=dtype, place=place, wide=wide)
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    if left := [name for name, tensor in tensors if tensor.is_meta and name not in tied]:
+    if left := [name for name, tensor in tensors if tensor.is_meta]:
         raise CheckpointError(f"{place} left {some(left)} of {type(model).__name__} without weights.")
 
 
@@ -111,6 +110,16 @@ def pour(
             _assign(model, key, cast(_checked(tensor, key, None, place), precision(key)))
         else:
             _assign(model, key, cast(tensor, own.dtype))
+
+
+def refuse_packed(state: Mapping[str, Tensor], place: str) -> None:
+    """Weights that somebody else has quantized, before any is read."""
+    lying: Mapping[str, Any] = state.lying if isinstance(state, LazyState) else state
+    codes = {torch.int8, torch.uint8}
+    if packed := {key for key, one in lying.items() if one.dtype in codes or key.endswith(".SCB")}:
+        raise CheckpointError(
+            f"{place} is quantized ({some(packed)}): load the plain or fp16 weights and quantize those."
+        )
 
 
 def check_keys(wanted: Collection[str], given: Collection[str], complaint: str) -> None:

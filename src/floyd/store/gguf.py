@@ -37,6 +37,9 @@ class GGUFState(Mapping[str, Tensor]):
             raise CheckpointError(f"{key} is stored as {tensor.tensor_type.name}, which cannot be unpacked.") from error
         return torch.from_numpy(content.copy()).float().view(self.shapes[key])
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._tensors  # without reading it, as a Mapping by itself would
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 

@@ -43,8 +43,7 @@ class LayeredT5Encoder:
         self._lock = Lock()
         if quantization is not None:
             quantizing().prepare(model, quantization.name)
-        wanted = model.state_dict().keys() - (getattr(model, "_tied_weights_keys", None) or {}).keys()
-        check_keys(wanted, state.keys(), f"{place} does not fit {type(model).__name__}")
+        check_keys(model.state_dict().keys(), state.keys(), f"{place} does not fit {type(model).__name__}")
         norm = {"weight": "encoder.final_layer_norm.weight"}
         self._fill(model.encoder.final_layer_norm, norm)
         for number, block in enumerate(model.encoder.block):

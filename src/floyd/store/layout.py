@@ -38,19 +38,21 @@ class _Class(NamedTuple):
     has_precision: bool = True  # False: its weights are the same in every variant
 
 
+_LIBRARIES = ("diffusers", "deepfloyd_if", "transformers")  # whose classes floyd stands in for
+
 CLASSES: dict[ComponentType, _Class] = {
     ComponentType(library, name): row
     for library, rows in {
         "diffusers": {
             "UNet2DConditionModel": _Class(("floyd.models.unet:UNet2DConditionModel",), has_weights=True),
             "AutoencoderKL": _Class(("floyd.models.vae:AutoencoderKL",), has_weights=True),
-            "DDPMScheduler": _Class(("floyd.schedulers:DDPMScheduler",)),
-            "DDIMScheduler": _Class(("floyd.schedulers:DDIMScheduler",)),
-            "DPMSolverMultistepScheduler": _Class(("floyd.schedulers:DPMSolverMultistepScheduler",)),
-            "EulerAncestralDiscreteScheduler": _Class(("floyd.schedulers:EulerAncestralDiscreteScheduler",)),
-            "EulerDiscreteScheduler": _Class(("floyd.schedulers:EulerDiscreteScheduler",)),
-            "HeunDiscreteScheduler": _Class(("floyd.schedulers:HeunDiscreteScheduler",)),
-            "UniPCMultistepScheduler": _Class(("floyd.schedulers:UniPCMultistepScheduler",)),
+            "DDPMScheduler": _Class(("floyd.schedulers.ddpm:DDPMScheduler",)),
+            "DDIMScheduler": _Class(("floyd.schedulers.ddim:DDIMScheduler",)),
+            "DPMSolverMultistepScheduler": _Class(("floyd.schedulers.multistep:DPMSolverMultistepScheduler",)),
+            "EulerAncestralDiscreteScheduler": _Class(("floyd.schedulers.euler:EulerAncestralDiscreteScheduler",)),
+            "EulerDiscreteScheduler": _Class(("floyd.schedulers.euler:EulerDiscreteScheduler",)),
+            "HeunDiscreteScheduler": _Class(("floyd.schedulers.euler:HeunDiscreteScheduler",)),
+            "UniPCMultistepScheduler": _Class(("floyd.schedulers.multistep:UniPCMultistepScheduler",)),
         },
         "deepfloyd_if": {
             "IFSafetyChecker": _Class(("floyd.models.safety:IFSafetyChecker",), has_weights=True),
@@ -58,11 +60,9 @@ CLASSES: dict[ComponentType, _Class] = {
             "IFWatermark": _Class(("floyd.models.watermark:IFWatermarker",), True, "IFWatermarker", False),
         },
         "transformers": {
-            "T5EncoderModel": _Class(("transformers:T5EncoderModel",), has_weights=True),
-            "T5Tokenizer": _Class(("transformers:T5Tokenizer",)),
-            "T5TokenizerFast": _Class(
-                ("transformers:T5TokenizerFast", "transformers:T5Tokenizer"), False, "T5Tokenizer"
-            ),
+            "T5EncoderModel": _Class(("floyd.models.t5:T5EncoderModel",), has_weights=True),
+            "T5Tokenizer": _Class(("floyd.store.t5_tokenizer:T5Tokenizer",)),
+            "T5TokenizerFast": _Class(("floyd.store.t5_tokenizer:T5Tokenizer",), False, "T5Tokenizer"),
             "CLIPTextModel": _Class(("transformers:CLIPTextModel",), has_weights=True),
             "CLIPTokenizer": _Class(("transformers:CLIPTokenizer",)),
             "CLIPTokenizerFast": _Class(
@@ -170,9 +170,8 @@ def type_of(component: object) -> ComponentType:
     """How an index names a live component, by the nearest class that the table knows."""
     for cls in type(uncompiled(component)).__mro__:
         library = cls.__module__.partition(".")[0]
-        known = ("transformers",) if library == "transformers" else ("diffusers", "deepfloyd_if")
         if library in {"floyd", "diffusers", "transformers"}:
-            for candidate in known:
+            for candidate in ("transformers",) if library == "transformers" else _LIBRARIES:
                 if row := CLASSES.get(ComponentType(candidate, cls.__name__)):
                     return ComponentType(candidate, row.alias_of or cls.__name__)
     raise ValueError(

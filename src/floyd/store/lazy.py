@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,9 @@ class LazyState(Mapping[str, Tensor]):
         lying = self.lying[key]
         return lying.mapped() if self.is_mapped else lying.read()
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.lying  # without reading it, as a Mapping by itself would
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.lying)
 
@@ -105,11 +109,24 @@ class Renamed(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         return self.state[self.names[key]]
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.names  # without reading it, as a Mapping by itself would
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def shape_of(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
+    """That of one of its tensors, which is not read for it where the file's head says so."""
+    if isinstance(state, Renamed):
+        return shape_of(state.state, state.names[key])
+    if isinstance(state, LazyState):
+        return state.lying[key].shape
+    shapes: Mapping[str, Any] | None = getattr(state, "shapes", None)
+    return tuple(state[key].shape if shapes is None else shapes[key])
 
 
 def opened(

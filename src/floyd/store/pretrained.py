@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from floyd.errors import CheckpointError
 from floyd.store import hub, lazy, weights
@@ -20,7 +21,7 @@ from floyd.store.config import Config
 from floyd.store.files import made, read_json, write_json
 from floyd.store.filling import KEY, fill, quantization_for, quantizing
 from floyd.store.layout import INDEX_NAME, floyd_version, read_index
-from floyd.store.lazy import Renamed
+from floyd.store.lazy import Renamed, shape_of
 from floyd.store.pages import cast
 from floyd.store.weights import some
 
@@ -99,8 +100,12 @@ class Configured:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the configuration, foreign keys included, so that floyd and diffusers read it again."""
-        own = {"_class_name": type(self).__name__, "_floyd_version": floyd_version()}
+        own = {**self._own_keys(), "_floyd_version": floyd_version()}
         write_json(made(folder) / self.config_name, {**self.config.to_json(), **own})
+
+    def _own_keys(self) -> dict[str, Any]:
+        """What its file says of it beside the configuration: the keys by which others know what it is."""
+        return {"_class_name": type(self).__name__}
 
     @classmethod
     def _read_config(cls, folder: Path) -> dict[str, Any]:
@@ -234,9 +239,9 @@ def _check_fit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], compla
     if unexpected := given.keys() - wanted.keys():
         problems.append(f"unexpected: {some(unexpected)}")
     misshapen = {
-        f"{key} is {tuple(given[key].shape)}, expected {tuple(tensor.shape)}"
+        f"{key} is {shape_of(given, key)}, expected {tuple(tensor.shape)}"
         for key, tensor in wanted.items()
-        if key in given and given[key].shape != tensor.shape
+        if key in given and shape_of(given, key) != tensor.shape
     }
     if misshapen:
         problems.append(f"wrong shape: {some(misshapen)}")
@@ -249,7 +254,8 @@ def parameters_on_meta() -> Iterator[None]:
     """Networks built inside have no weights yet: their parameters lie on the meta device, their buffers are real.
 
     Buffers are computed by the network itself and small; parameters would be allocated and drawn at random only to
-    be thrown away. The hook is global to torch, hence the look at the thread.
+    be thrown away. Nor are they drawn on the meta device, for which torch would import its compiler: seconds. The hook
+    is global to torch, hence the look at the thread; the mode is the thread's own.
     """
     thread = threading.get_ident()
 
@@ -261,9 +267,19 @@ def parameters_on_meta() -> Iterator[None]:
     hook: Callable[..., Any] = to_meta  # torch's annotation has hooks return None, its code takes what they return
     handle = register_module_parameter_registration_hook(hook)
     try:
-        yield
+        with _Undrawn():
+            yield
     finally:
         handle.remove()
+
+
+class _Undrawn(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensor = kwargs.get("tensor")  # how torch.nn.init passes on what it is to fill
+        if getattr(func, "__module__", "") == "torch.nn.init" and isinstance(tensor, Tensor) and tensor.is_meta:
+            return tensor
+        return func(*args, **kwargs)
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from floyd.errors import CheckpointError
-from floyd.store.lazy import LazyState
+from floyd.store.lazy import LazyState, shape_of
 
 EMBEDDING = "shared.weight"
 _TWIN = "encoder.embed_tokens.weight"
@@ -61,6 +61,9 @@ class T5State(Mapping[str, Tensor]):
                 return _unscaled(tensor, self.state[beside], name)
         return tensor
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.names  # without reading it, as a Mapping by itself would
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
@@ -68,11 +71,7 @@ class T5State(Mapping[str, Tensor]):
         return len(self.names)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        state, name = self.state, self.names[key]
-        shapes = getattr(state, "shapes", None)
-        if shapes is not None:
-            return tuple(shapes[name])
-        return tuple(state.lying[name].shape if isinstance(state, LazyState) else state[name].shape)
+        return shape_of(self.state, self.names[key])
 
     def rows(self, key: str, ids: Tensor) -> Tensor:
         """Some rows of a table, of which no more is read where it lies as it is."""

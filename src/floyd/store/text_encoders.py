@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from floyd.errors import CheckpointError
-from floyd.store import hub, lazy, weights
-from floyd.store.components import built, load_files
+from floyd.store import hub, layout, lazy, weights
 from floyd.store.files import read_json
-from floyd.store.filling import KEY, Quantization, quantization_for
+from floyd.store.filling import KEY, Quantization, fill, quantization_for
 from floyd.store.gguf import GGUFState
 from floyd.store.layered import LayeredT5Encoder
 from floyd.store.layout import INDEX_NAME
 from floyd.store.naming import SAFE
 from floyd.store.pretrained import as_dtype, parameters_on_meta
 from floyd.store.t5 import T5State, config_keys
+from floyd.store.t5_tokenizer import T5Tokenizer
 
 _GGUF = ".gguf"
 
@@ -60,7 +60,9 @@ def load_text_encoder(
     kept = quantization_for(told, quantization, path)
     config = _config(told, state)
     if resident == "all":
-        encoder = built(_t5(), config, state, precision, place=str(path), quantization=kept)
+        encoder = _described(config)
+        fill(encoder, state, dtype=precision, place=str(path), quantization=kept)
+        encoder.eval()
         return encoder if torch.device(device).type == "cpu" else encoder.to(device)
     if kept is not None and not kept.is_stored:
         raise ValueError(
@@ -72,19 +74,18 @@ def load_text_encoder(
 
 def load_tokenizer(path_or_id: str | os.PathLike[str], *, subfolder: str | None = None, **hub_options: Any) -> Any:
     """T5's tokenizer: from its folder, a pipeline's, a hub id, or a `spiece.model`."""
-    from transformers import T5Tokenizer
-
     path = Path(path_or_id).expanduser()
     if path.is_file():
-        return load_files(T5Tokenizer, path.parent)
+        return T5Tokenizer.from_pretrained(path.parent)
     source = hub.Source(path_or_id, **hub_options)
-    return load_files(T5Tokenizer, _folder(source, subfolder, None, name="tokenizer", with_weights=False))
+    return T5Tokenizer.from_pretrained(_folder(source, subfolder, None, name="tokenizer", with_weights=False))
 
 
-def _t5() -> Any:
-    from transformers import T5EncoderModel
-
-    return T5EncoderModel
+def _described(config: Mapping[str, Any]) -> Any:
+    """The encoder that its configuration describes, without weights."""
+    kind: Any = layout.resolve("transformers", "T5EncoderModel")
+    with parameters_on_meta():
+        return kind.from_config(config)
 
 
 def _folder(
@@ -119,15 +120,12 @@ def _opened(path: Path, variant: str | None) -> tuple[list[Path], T5State, Mappi
     return [path], T5State(state), {}
 
 
-def _config(told: Mapping[str, Any], state: T5State) -> Any:
-    from transformers import T5Config
-
-    keys = {key: value for key, value in told.items() if key not in {KEY, "torch_dtype", "dtype"}}
-    return T5Config.from_dict(dict(keys)) if keys else T5Config(**config_keys(state))
+def _config(told: Mapping[str, Any], state: T5State) -> dict[str, Any]:
+    return {key: value for key, value in told.items() if key != KEY} or config_keys(state)
 
 
 def _layered(
-    config: Any,
+    config: Mapping[str, Any],
     state: T5State,
     files: list[Path],
     dtype: torch.dtype,
@@ -135,13 +133,11 @@ def _layered(
     kept: Quantization | None,
     device: torch.device | str,
 ) -> LayeredT5Encoder:
-    with parameters_on_meta():
-        model = _t5()(config)
-    whole = sha256(json.dumps([config.to_json_string(), str(dtype)]).encode())
+    whole = sha256(json.dumps([config, str(dtype)], sort_keys=True).encode())
     for file in files:
         whole.update(_stamp(file))
     told: dict[str, Any] = {"dtype": dtype, "place": str(path), "quantization": kept, "device": device}
-    return LayeredT5Encoder(model, state, fingerprint=f"files:{whole.hexdigest()[:32]}", **told)
+    return LayeredT5Encoder(_described(config), state, fingerprint=f"files:{whole.hexdigest()[:32]}", **told)
 
 
 def _stamp(path: Path) -> bytes:

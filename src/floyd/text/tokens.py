@@ -65,7 +65,7 @@ def remind(tokenizer: Any, text_encoder: Any) -> None:
 
 def _add(tokenizer: Any, tokens: list[str]) -> None:
     """As whole words: "zorps" is not "zorp"."""
-    from transformers import AddedToken
+    from tokenizers import AddedToken
 
     options: dict[str, Any] = {"single_word": True, "lstrip": True, "rstrip": False, "normalized": False}
     tokenizer.add_tokens([AddedToken(token, **options) for token in tokens])

@@ -15,7 +15,8 @@ from floyd.models.vae import AutoencoderKL
 from floyd.pipelines.base import DiffusionPipeline
 from floyd.pipelines.deepfloyd_if import IFPipeline, IFSuperResolutionPipeline
 from floyd.pipelines.upscale import StableDiffusionUpscalePipeline
-from floyd.schedulers import DDIMScheduler, DDPMScheduler
+from floyd.schedulers.ddim import DDIMScheduler
+from floyd.schedulers.ddpm import DDPMScheduler
 
 SAMPLING: dict[str, dict[str, Any]] = {  # how the built-in cascade is sampled unless told otherwise
     "stage_1": {"timesteps": "smart27", "guidance_scale": 1.5},
