@@ -105,20 +105,17 @@ def t5_row(bench: Bench, repeats: int) -> Row:
     """A prompt and the empty one, from text to states; another prompt each time."""
     import diffusers
 
-    encoder, tokenizer = bench.t5(), bench.tokenizer()
+    kinds = {"diffusers": diffusers.IFPipeline, "floyd": IFPipeline}
+    encoders, tokenizers = (dict(zip(kinds, both, strict=True)) for both in (bench.t5s(), bench.tokenizers()))
     rest = {"unet": None, "scheduler": None, "safety_checker": None, "feature_extractor": None, "watermarker": None}
-    given = {**rest, "tokenizer": tokenizer, "text_encoder": encoder, "requires_safety_checker": False}
 
-    def reading(pipe: Any) -> Work:
-        count = iter(range(10**9))
+    def reading(name: str) -> Work:
+        texts = {"tokenizer": tokenizers[name], "text_encoder": encoders[name]}
+        pipe, count = kinds[name](**rest, **texts, requires_safety_checker=False), iter(range(10**9))
         return lambda: pipe.encode_prompt(PROMPT.format(next(count)), device=bench.device)[0]
 
-    works = {
-        "diffusers": lambda: reading(diffusers.IFPipeline(**given)),
-        "floyd": lambda: reading(IFPipeline(**given)),
-    }
-    cost = encoder_cost(encoder.config.to_dict(), num_tokens=TOKENS)
-    return Row(works, 2 * cost.flops, size_of(encoder), repeats)
+    cost = encoder_cost(encoders["floyd"].config, num_tokens=TOKENS)
+    return Row({name: partial(reading, name) for name in kinds}, 2 * cost.flops, size_of(encoders["floyd"]), repeats)
 
 
 def picture_row(bench: Bench) -> Row:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from pairs import BUILT_IN
 from torch import Tensor, nn
 
 from floyd.models.configs import PRESETS
+from floyd.models.t5 import T5EncoderModel
 from floyd.models.unet import UNet2DConditionModel
 from floyd.models.vae import AutoencoderKL
 from floyd.store.files import read_json
@@ -57,17 +60,20 @@ class Bench:
         network = self._made(AutoencoderKL, keys)
         return self._twin(diffusers.AutoencoderKL, network), network
 
-    def t5(self) -> nn.Module:
-        from transformers import T5Config, T5EncoderModel
-
+    def t5s(self) -> tuple[Any, T5EncoderModel]:
+        """transformers', which diffusers reads with, and ours."""
         keys = _stored(BUILT_IN["mini-1"] / "text_encoder") if self.is_tiny else T5_XXL
+        network = self._made(partial(T5EncoderModel.from_config, keys), {})
         with torch.device("meta"):
-            network = T5EncoderModel(T5Config(**keys))
-        return self._filled(network)
+            twin = transformers.T5EncoderModel(transformers.T5Config(**keys))
+        state = network.state_dict()
+        twin.load_state_dict({**state, "encoder.embed_tokens.weight": state["shared.weight"]}, assign=True)
+        return twin.eval().requires_grad_(False), network
 
-    def tokenizer(self) -> Any:
+    def tokenizers(self) -> tuple[Any, Any]:
         """The built-in model's: its few pieces are pieces of T5-XXL's many numbers, too."""
-        return load_tokenizer(BUILT_IN["mini-1"] / "tokenizer")
+        folder = BUILT_IN["mini-1"] / "tokenizer"
+        return transformers.T5Tokenizer.from_pretrained(folder), load_tokenizer(folder)
 
     def normal(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(1)

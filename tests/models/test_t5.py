@@ -51,6 +51,8 @@ def test_its_states_are_those_of_transformers_to_the_last_bit(kind: str, is_mask
     states = ours(ids, **options)
     assert torch.equal(states.last_hidden_state, theirs(ids, **options).last_hidden_state)
     assert torch.equal(states[0], states.last_hidden_state)
+    (plain,) = ours(ids, return_dict=False, **options)
+    assert torch.equal(plain, states[0])
 
 
 @torch.no_grad()
@@ -159,12 +161,12 @@ def test_rows_for_new_tokens_leave_the_others_as_they_are() -> None:
     _, ours = pair()
     ids, mask = asked()
     before = ours(ids, mask)[0]
-    assert ours.resize_token_embeddings(63) is ours.shared
+    assert ours.resize_token_embeddings(63, mean_resizing=False) is ours.shared
     assert torch.equal(ours(ids, mask)[0], before)
     assert ours.config.vocab_size == ours.shared.num_embeddings == len(ours.shared.weight) == 63
     assert not ours.shared.weight[60:].any()
-    assert ours.resize_token_embeddings(64, mean_resizing=True).weight[63].any()
-    with pytest.raises(ValueError, match="at least 64, which are known, got 9"):
+    assert ours.resize_token_embeddings(64).weight[63].any()
+    with pytest.raises(ValueError, match="at least the 64 that there are, got 9"):
         ours.resize_token_embeddings(9)
 
 

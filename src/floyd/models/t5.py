@@ -89,28 +89,33 @@ class T5EncoderModel(Model):
         attention_mask: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
-    ) -> T5EncoderOutput:
-        """`input_ids` [B, L] or their embeddings [B, L, E]; no token attends to where `attention_mask` [B, L] is 0."""
+        return_dict: bool = True,
+    ) -> T5EncoderOutput | tuple[Tensor]:
+        """`input_ids` [B, L] or their embeddings [B, L, E]; no token attends to where `attention_mask` [B, L] is 0.
+
+        Without `return_dict` what comes is a plain tuple.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
         x_BLE = self.shared(input_ids) if inputs_embeds is None else inputs_embeds
         mask_B11L = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        return T5EncoderOutput(self.encoder(x_BLE, mask_B11L))
+        states_BLE = self.encoder(x_BLE, mask_B11L)
+        return T5EncoderOutput(states_BLE) if return_dict else (states_BLE,)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.shared
 
     @torch.no_grad()
-    def resize_token_embeddings(self, num_tokens: int, *, mean_resizing: bool = False) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int, *, mean_resizing: bool = True) -> nn.Module:
         """Rows for more tokens: their mean is that of the known ones, or they are zero until somebody fills them."""
         known_VE = self.shared.weight
-        if num_tokens < len(known_VE):
-            raise ValueError(f"num_tokens must be at least {len(known_VE)}, which are known, got {num_tokens}.")
+        if new_num_tokens < len(known_VE):
+            raise ValueError(f"new_num_tokens must be at least the {len(known_VE)} that there are, got {new_num_tokens}.")
         new_E = known_VE.mean(0) if mean_resizing else torch.zeros_like(known_VE[0])
-        grown_VE = torch.cat([known_VE, new_E.expand(num_tokens - len(known_VE), -1)])
+        grown_VE = torch.cat([known_VE, new_E.expand(new_num_tokens - len(known_VE), -1)])
         self.shared.weight = nn.Parameter(grown_VE, requires_grad=known_VE.requires_grad)
-        self.shared.num_embeddings = num_tokens
-        self.config = T5EncoderConfig.from_json(self.config.to_json(), vocab_size=num_tokens)
+        self.shared.num_embeddings = new_num_tokens
+        self.config = T5EncoderConfig.from_json(self.config.to_json(), vocab_size=new_num_tokens)
         return self.shared
 
     @classmethod
@@ -239,14 +244,15 @@ class T5FeedForward(nn.Module):
 
     def __init__(self, config: T5EncoderConfig) -> None:
         super().__init__()
-        self.act, self.is_gated = FEED_FORWARDS[config.feed_forward_proj]
-        for name in ("wi_0", "wi_1") if self.is_gated else ("wi",):
+        self.kind = config.feed_forward_proj
+        for name in ("wi_0", "wi_1") if FEED_FORWARDS[self.kind][1] else ("wi",):
             self.add_module(name, nn.Linear(config.d_model, config.d_ff, bias=False))
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x_BLE: Tensor) -> Tensor:
-        h_BLF = self.act(self.wi_0(x_BLE)) * self.wi_1(x_BLE) if self.is_gated else self.act(self.wi(x_BLE))
+        act, is_gated = FEED_FORWARDS[self.kind]
+        h_BLF = act(self.wi_0(x_BLE)) * self.wi_1(x_BLE) if is_gated else act(self.wi(x_BLE))
         h_BLF, weight = self.dropout(h_BLF), self.wo.weight
         if isinstance(weight, Tensor) and weight.is_floating_point():  # not codes that stand for one
             h_BLF = h_BLF.to(dtype=weight.dtype)
