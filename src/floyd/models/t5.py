@@ -109,10 +109,11 @@ class T5EncoderModel(Model):
     def resize_token_embeddings(self, new_num_tokens: int, *, mean_resizing: bool = True) -> nn.Module:
         """Rows for more tokens: their mean is that of the known ones, or they are zero until somebody fills them."""
         known_VE = self.shared.weight
-        if new_num_tokens < len(known_VE):
-            raise ValueError(f"new_num_tokens must be at least the {len(known_VE)} that there are, got {new_num_tokens}.")
+        least = len(known_VE)
+        if new_num_tokens < least:
+            raise ValueError(f"new_num_tokens must be at least the {least} that there are, got {new_num_tokens}.")
         new_E = known_VE.mean(0) if mean_resizing else torch.zeros_like(known_VE[0])
-        grown_VE = torch.cat([known_VE, new_E.expand(new_num_tokens - len(known_VE), -1)])
+        grown_VE = torch.cat([known_VE, new_E.expand(new_num_tokens - least, -1)])
         self.shared.weight = nn.Parameter(grown_VE, requires_grad=known_VE.requires_grad)
         self.shared.num_embeddings = new_num_tokens
         self.config = T5EncoderConfig.from_json(self.config.to_json(), vocab_size=new_num_tokens)
