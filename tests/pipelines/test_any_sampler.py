@@ -8,16 +8,16 @@ import pytest
 import torch
 from tests.pipelines.seven import SEVEN, built, told
 
-import floyd.schedulers
+import floyd
 
-SCHEDULERS = [name for name in floyd.schedulers.__all__ if name.endswith("Scheduler")]
+SCHEDULERS = [name for name in floyd.__all__ if name.endswith("Scheduler")]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("name", SEVEN)
 def test_any_scheduler_samples_in_any_pipeline(ours: dict[str, Any], name: str, scheduler: str) -> None:
     plain = built(name, ours)
-    other = getattr(floyd.schedulers, scheduler).from_config(plain.scheduler.config)
+    other = getattr(floyd, scheduler).from_config(plain.scheduler.config)
     arguments = told(name, 0)
     picture = built(name, ours, scheduler=other)(**arguments).images
     usual = plain(**{**arguments, "generator": told(name, 0)["generator"]}).images
@@ -32,7 +32,7 @@ def test_any_scheduler_samples_in_any_pipeline(ours: dict[str, Any], name: str, 
 @pytest.mark.parametrize("name", SEVEN)
 def test_the_stochastic_solver_samples_in_any_pipeline(ours: dict[str, Any], name: str) -> None:
     config = ours["three" if name == "StableDiffusionUpscalePipeline" else "one"].scheduler.config
-    cls = floyd.schedulers.DPMSolverMultistepScheduler
+    cls = floyd.DPMSolverMultistepScheduler
     pictures = [
         built(name, ours, scheduler=cls.from_config(config, algorithm_type=kind))(**told(name, 0)).images
         for kind in ("dpmsolver++", "sde-dpmsolver++")

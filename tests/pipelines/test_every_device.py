@@ -16,11 +16,11 @@ from tests.mac import DEVICE, Mac, MacGenerator, MacTensor
 from tests.pipelines.seven import SEVEN, STAGE_OF, built, told
 from torch import Tensor
 
-import floyd.schedulers
+import floyd
 from floyd.pipelines.cascade import Cascade
 from floyd.runtime.switches import Switches
 
-SCHEDULERS = [name for name in floyd.schedulers.__all__ if name.endswith("Scheduler")]
+SCHEDULERS = [name for name in floyd.__all__ if name.endswith("Scheduler")]
 SRC = Path(__file__).parents[2] / "src" / "floyd"
 
 
@@ -108,7 +108,7 @@ def test_nothing_that_makes_it_faster_asks_a_mac_for_what_it_lacks(
 
 @pytest.mark.parametrize("scheduler", [*SCHEDULERS, "the stochastic solver"])
 def test_every_scheduler_steps_on_a_mac(ours: dict[str, Any], on_mac: dict[str, Any], scheduler: str) -> None:
-    cls = getattr(floyd.schedulers, scheduler, floyd.schedulers.DPMSolverMultistepScheduler)
+    cls = getattr(floyd, scheduler, floyd.DPMSolverMultistepScheduler)
     changes = {} if scheduler in SCHEDULERS else {"algorithm_type": "sde-dpmsolver++"}
 
     def painted(pipes: dict[str, Any]) -> Tensor:

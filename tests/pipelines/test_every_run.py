@@ -21,10 +21,10 @@ from PIL import Image
 from tests.pipelines.seven import PROMPTS, SEEDS, SEVEN, built, told
 from torch import Generator, Tensor
 
-import floyd.schedulers
+import floyd
 from floyd.pipelines.cascade import Cascade
 
-SCHEDULERS = [name for name in floyd.schedulers.__all__ if name.endswith("Scheduler")]
+SCHEDULERS = [name for name in floyd.__all__ if name.endswith("Scheduler")]
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_every_scheduler_is_batch_invariant(
     ours: dict[str, Any], threads: Callable[[int], None], scheduler: str
 ) -> None:
     """Those that remember must not mix up whose past is whose."""
-    cls = getattr(floyd.schedulers, scheduler)
+    cls = getattr(floyd, scheduler)
     pipe = built("IFPipeline", quiet(ours), scheduler=cls.from_config(ours["one"].scheduler.config))
     options = {"batch_invariant": True, "eta": 0.5 if scheduler == "DDIMScheduler" else 0.0}
     alone = [pixels(pipe, **told("IFPipeline", i), **options) for i in (0, 2)]
@@ -211,7 +211,7 @@ def test_calls_at_the_same_time_do_not_disturb_each_other(ours: dict[str, Any]) 
     """Shared components, other tasks, one whose sampler is swapped under way, one with another that takes a single
     thread for itself."""
     parts = quiet(ours)["one"].components
-    solver = floyd.schedulers.UniPCMultistepScheduler.from_config(parts["scheduler"].config)
+    solver = floyd.UniPCMultistepScheduler.from_config(parts["scheduler"].config)
     names = ["IFPipeline", "IFPipeline", "IFInpaintingPipeline", "StableDiffusionUpscalePipeline"]
 
     def work(i: int, swaps: bool = True) -> Tensor:
@@ -231,7 +231,7 @@ def test_calls_at_the_same_time_do_not_disturb_each_other(ours: dict[str, Any]) 
 def test_a_sampler_that_is_swapped_during_a_call_is_for_the_next_one(ours: dict[str, Any]) -> None:
     pipe = built("IFPipeline", quiet(ours))
     expected = pixels(pipe, **told("IFPipeline", 0))
-    old, new = pipe.scheduler, floyd.schedulers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    old, new = pipe.scheduler, floyd.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
 
     def swap(i: int, t: int, x: Tensor) -> None:
         pipe.scheduler = new

@@ -14,7 +14,7 @@ from PIL import Image
 from tests import tiny
 from tests.pipelines.halving import painted, pipeline
 
-import floyd.schedulers
+import floyd
 from floyd.images.composite import put_back
 from floyd.models.watermark import IFWatermarker
 from floyd.pipelines.deepfloyd_if import IFInpaintingPipeline, IFInpaintingSuperResolutionPipeline
@@ -175,10 +175,10 @@ def test_watching_ends_where_the_call_ends(resamples: int) -> None:
         assert torch.equal(move.clean_BCHW[..., :3], picture[None, ..., :3])
 
 
-@pytest.mark.parametrize("name", [name for name in floyd.schedulers.__all__ if name.endswith("Scheduler")])
+@pytest.mark.parametrize("name", [name for name in floyd.__all__ if name.endswith("Scheduler")])
 def test_any_scheduler_resamples(name: str) -> None:
     pipe = pipeline(STAGES[0])
-    pipe.scheduler = getattr(floyd.schedulers, name).from_config(pipe.scheduler.config)
+    pipe.scheduler = getattr(floyd, name).from_config(pipe.scheduler.config)
     picture, mask = given_as("pt", 11, 18, 0), torch.zeros(11, 18)
     mask[2:8] = 1
     output = inpainted(STAGES[0], picture, mask, pipe, resamples=3, num_inference_steps=4)
@@ -201,7 +201,7 @@ def test_one_pass_shows_the_network_the_clean_picture_as_the_incumbent_does() ->
 @pytest.mark.parametrize("scheduler", ["DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
 def test_an_image_that_is_resampled_depends_on_its_own_seed_alone(scheduler: str) -> None:
     pipe = pipeline(STAGES[0])
-    pipe.scheduler = getattr(floyd.schedulers, scheduler).from_config(pipe.scheduler.config)
+    pipe.scheduler = getattr(floyd, scheduler).from_config(pipe.scheduler.config)
     picture, mask = given_as("pt", 9, 12, 0), torch.zeros(9, 12)
     mask[2:6] = 1
 
