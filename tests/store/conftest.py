@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,3 +61,35 @@ def same(ours: nn.Module, theirs: nn.Module) -> bool:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with serving(monkeypatch, tmp_path / "cache") as hub:
         yield hub
+
+
+WORDS = (
+    "a photo of the kangaroo wearing an orange hoodie and blue sunglasses standing in front eiffel tower holding sign "
+    "that says very deep learning red green square circle left right small large striped dog cat on under table"
+).split()
+
+
+@pytest.fixture(scope="session")
+def spiece() -> bytes:
+    """A sentencepiece model with T5's special ids, trained here."""
+    import sentencepiece
+
+    chance, model = random.Random(0), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(" ".join(chance.choices(WORDS, k=8)) for _ in range(400)),
+        model_writer=model, vocab_size=100, hard_vocab_limit=False, model_type="unigram", num_threads=1,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", normalization_rule_name="nmt_nfkc", minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def t5_tokenizer_files(folder: Path, spiece: bytes) -> Path:
+    """A tokenizer's folder as the published checkpoints have it: no tokenizer.json."""
+    folder.mkdir(exist_ok=True)
+    (folder / "spiece.model").write_bytes(spiece)
+    extra = [f"<extra_id_{i}>" for i in range(100)]
+    special = {"additional_special_tokens": extra, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    config = {"extra_ids": 100, "model_max_length": 512, "sp_model_kwargs": {}, "tokenizer_class": "T5Tokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **special}))
+    return folder

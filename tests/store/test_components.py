@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import io
 import json
-import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
-from tests.store.conftest import files_in, fill_cache, same
+from tests.store.conftest import WORDS, files_in, fill_cache, same, t5_tokenizer_files
 
 from floyd.errors import CheckpointError
 from floyd.store import layout, weights
@@ -128,41 +126,16 @@ def test_a_broken_configuration_is_named(tmp_path: Path, t5: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------------- tokenizers
 
-_WORDS = (
-    "a photo of the kangaroo wearing an orange hoodie and blue sunglasses standing in front eiffel tower holding sign "
-    "that says very deep learning red green square circle left right small large striped dog cat on under table"
-).split()
 _TEXTS = [
     "a photo of a kangaroo", "", "   ", "hello  world", "Über café ½ ﬁ", "猫 photo", "line\nbreak\ttab", "  around  ",
     "sunglasses,hoodie!", "…", "e\u0301", "▁ a", "ＡＢＣ", "a\u00a0b", "\u200b", "🦘", "a\u3000b", "(1, 2) 50% #1",
-    " ".join(_WORDS),
+    " ".join(WORDS),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def spiece() -> bytes:
-    """A sentencepiece model with T5's special ids, trained here."""
-    sentencepiece = pytest.importorskip("sentencepiece")
-    chance, model = random.Random(0), io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(" ".join(chance.choices(_WORDS, k=8)) for _ in range(400)),
-        model_writer=model, vocab_size=100, hard_vocab_limit=False, model_type="unigram", num_threads=1,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", normalization_rule_name="nmt_nfkc", minloglevel=2,
-    )  # fmt: skip
-    return model.getvalue()
 
 
 @pytest.fixture
 def t5_folder(tmp_path: Path, spiece: bytes) -> Path:
-    """A tokenizer's folder as the published checkpoints have it: no tokenizer.json."""
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    (folder / "spiece.model").write_bytes(spiece)
-    extra = [f"<extra_id_{i}>" for i in range(100)]
-    special = {"additional_special_tokens": extra, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
-    config = {"extra_ids": 100, "model_max_length": 512, "sp_model_kwargs": {}, "tokenizer_class": "T5Tokenizer"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **special}))
+    t5_tokenizer_files(tmp_path / "tokenizer", spiece)
     return tmp_path
 
 
@@ -185,7 +158,7 @@ def test_t5s_tokenizer_pads_truncates_and_knows_its_special_ids(t5_folder: Path,
     assert len(tokenizer) == num_pieces + 100
     assert tokenizer.convert_tokens_to_ids(["<extra_id_99>", "<extra_id_0>"]) == [num_pieces, num_pieces + 99]
     batch = tokenizer(
-        ["a photo", " ".join(_WORDS * 4)], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ["a photo", " ".join(WORDS * 4)], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     )
     assert batch.input_ids.shape == (2, 77)
     length = int(batch.attention_mask[0].sum())

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
-import random
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.store.conftest import t5_tokenizer_files
 from transformers import AddedToken
 from transformers import T5Tokenizer as Theirs
 
@@ -41,30 +40,10 @@ TEXTS = st.text(max_size=40) | st.lists(
 MANY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def trained() -> bytes:
-    """A sentencepiece model with T5's special ids, and with a table of how characters are normalized."""
-    import sentencepiece
-
-    chance, model = random.Random(0), io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(" ".join(chance.choices(_WORDS, k=8)) for _ in range(400)),
-        model_writer=model, vocab_size=90, hard_vocab_limit=False, model_type="unigram", num_threads=1,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, normalization_rule_name="nmt_nfkc", minloglevel=2,
-    )  # fmt: skip
-    return model.getvalue()
-
-
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published(tmp_path_factory: pytest.TempPathFactory, spiece: bytes) -> Path:
     """The files of IF's repositories."""
-    folder: Path = tmp_path_factory.mktemp("published")
-    (folder / "spiece.model").write_bytes(trained())
-    sentinels = [f"<extra_id_{i}>" for i in range(100)]
-    special = {"additional_special_tokens": sentinels, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
-    config = {"extra_ids": 100, "model_max_length": 512, "sp_model_kwargs": {}, "tokenizer_class": "T5Tokenizer"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **special}))
-    return folder
+    return t5_tokenizer_files(tmp_path_factory.mktemp("published"), spiece)
 
 
 @pytest.fixture(scope="module")

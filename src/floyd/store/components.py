@@ -94,7 +94,7 @@ def save_component(
 
 
 def load_files(cls: Any, path: Path) -> Any:
-    """A tokenizer or an image processor of transformers."""
+    """A tokenizer or an image processor."""
     _check_vocabulary(cls, path)
     try:
         return cls.from_pretrained(path, local_files_only=True)

@@ -11,7 +11,7 @@ B texts  L tokens
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -51,13 +51,11 @@ class T5Tokenizer:
 
     def __init__(self, tokenizer: Tokenizer, config: Mapping[str, Any], spiece: bytes | None = None) -> None:
         """`config`: what tokenizer_config.json says. `spiece`: the content of spiece.model, to be saved again."""
-        from tokenizers import AddedToken
-
         self._tokenizer, self._config, self._spiece = tokenizer, dict(config), spiece
         names = {key: _content(config.get(key) or default) for key, default in _SPECIAL.items()}
         self.pad_token, self.eos_token, self.unk_token = names.values()
         self.model_max_length = int(config.get("model_max_length") or _UNBOUNDED)
-        tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names.values()])
+        _add_special(tokenizer, names.values())
 
     @classmethod
     def from_pretrained(
@@ -65,15 +63,12 @@ class T5Tokenizer:
         path_or_id: str | os.PathLike[str],
         *,
         subfolder: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        **config_overrides: Any,
+        model_max_length: int | None = None,
+        **hub_options: Any,
     ) -> Self:
-        source = hub.Source(path_or_id, revision, token, cache_dir, local_files_only)
-        folder = hub.component(source, subfolder, with_weights=False)
-        config = {**_told(folder), **config_overrides}
+        """From a folder or a repository; `hub_options` are those of `hub.Source`."""
+        folder = hub.component(hub.Source(path_or_id, **hub_options), subfolder, with_weights=False)
+        config = _told(folder) | ({} if model_max_length is None else {"model_max_length": model_max_length})
         spiece = (folder / SPIECE).read_bytes() if (folder / SPIECE).is_file() else None
         if (folder / WHOLE).is_file():
             tokenizer = _read(folder / WHOLE)
@@ -250,7 +245,7 @@ def _read(path: Path) -> Tokenizer:
 
 def _of_pieces(spiece: bytes, extra_ids: int, path: Path) -> Tokenizer:
     """sentencepiece's segmentation (arXiv:1808.06226), with T5's sentinels behind the pieces, the last one first."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     model = _parsed(spiece, path)
     sentinels = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
@@ -264,7 +259,7 @@ def _of_pieces(spiece: bytes, extra_ids: int, path: Path) -> Tokenizer:
     )
     tokenizer.decoder = decoders.Metaspace(**spaces)
     special = [it.piece for it in model.pieces if it.type in (_CONTROL, _USER_DEFINED)]
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in [*special, *sentinels]])
+    _add_special(tokenizer, [*special, *sentinels])
     closing = _SPECIAL["eos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=["$A", closing],
@@ -308,5 +303,11 @@ def _add_told(tokenizer: Tokenizer, config: Mapping[str, Any], folder: Path) -> 
                 f"{folder} says that token {number} is {_content(token)!r}, but its vocabulary has that, or room for "
                 f"it, at {tokenizer.token_to_id(_content(token))}."
             )
-    special = [_content(token) for token in config.get("additional_special_tokens") or ()]
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
+    _add_special(tokenizer, map(_content, config.get("additional_special_tokens") or ()))
+
+
+def _add_special(tokenizer: Tokenizer, names: Iterable[str]) -> None:
+    """As they stand in a text, and none twice."""
+    from tokenizers import AddedToken
+
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
